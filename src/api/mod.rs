@@ -1,0 +1,1 @@
+//! HTTP by noun: one file holds router, types and handlers.

@@ -1,0 +1,1 @@
+//! Client commands: the API from the command line.

@@ -1,0 +1,22 @@
+//! The words everyone shares: ids, jobs, what was asked, what a trainer is told and says back.
+//!
+//! Pure types and checks. Nothing here opens a file, a socket or a database, and nothing of ours is imported.
+
+pub mod event;
+pub mod ids;
+pub mod invalid;
+pub mod job;
+pub mod machine;
+pub mod model;
+pub mod progress;
+pub mod run;
+pub mod training;
+
+pub use event::{Event, Level};
+pub use ids::{CheckpointId, EventId, ExecutorId, FileId, JobId};
+pub use invalid::Invalid;
+pub use job::JobStatus;
+pub use machine::Machine;
+pub use model::ModelConfig;
+pub use run::RunSpec;
+pub use training::TrainingSpec;

@@ -1,0 +1,1 @@
+//! The rooms of Arctic Long Sequence Training.

@@ -1,0 +1,1 @@
+//! One arena: a block of memory taken once and read through typed views.

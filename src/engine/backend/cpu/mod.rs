@@ -1,0 +1,1 @@
+//! The reference backend: the definition of every operation.

@@ -1,0 +1,1 @@
+//! Weights and resume state on disk.

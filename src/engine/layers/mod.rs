@@ -1,0 +1,1 @@
+//! The plain layers: one rank, whole tensors, no policy.

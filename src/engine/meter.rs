@@ -1,0 +1,1 @@
+//! Tokens per second, model FLOPs, peak memory.

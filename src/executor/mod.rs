@@ -1,0 +1,1 @@
+//! Takes one job from claim to settled: lease, trainer process, checkpoints.

@@ -1,0 +1,3 @@
+//! One binary, several roles.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The planner: pure, no device, no I/O.

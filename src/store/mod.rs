@@ -1,0 +1,1 @@
+//! Postgres rows and file contents; the only SQL.

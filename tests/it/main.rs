@@ -1,0 +1,1 @@
+//! Every test that is not beside a proof script: one binary, modules by subject.
