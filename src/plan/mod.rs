@@ -1,1 +1,159 @@
-//! The planner: pure, no device, no I/O.
+//! The planner: what a machine will do about a run. Pure: no device, no I/O, no clock.
+//!
+//! In: a model, a precision, a sequence length and a machine. Out: the fastest [`Plan`] that fits, with every byte of the
+//! arena placed and a predicted step time; or a [`Refusal`] that names the longest sequence that would fit and which
+//! memory is the wall. The API refuses with it, the trainer obeys it, the command line prints it.
+
+pub mod cost;
+pub mod layout;
+pub mod search;
+pub mod segments;
+pub mod workspace;
+
+use serde::{Deserialize, Serialize};
+
+use crate::domain::{Invalid, Machine, ModelConfig, machine::DeviceKind, training::Precision};
+pub use layout::{Category, Layout, Region, Slot};
+
+/// What is to be planned.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Request<'a> {
+    pub model: &'a ModelConfig,
+    pub precision: Precision,
+    /// Longest sequence, in tokens with padding.
+    pub tokens: u64,
+    pub machine: &'a Machine,
+    /// Choices taken away from the search, for tests and benches.
+    pub forced: Forced,
+}
+
+/// Choices fixed by the caller.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Forced {
+    pub chunk_tokens: Option<u64>,
+    pub checkpoint_slots: Option<u64>,
+    pub place: Option<Place>,
+    pub kept_attention_layers: Option<u64>,
+    pub kept_qkv_layers: Option<u64>,
+    pub kept_gate_up_layers: Option<u64>,
+}
+
+/// Where kept layer inputs live.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Place {
+    /// In the device arena.
+    Device,
+    /// In a file of the run's folder.
+    Disk,
+}
+
+/// Bytes of an element of storage type and of the type of sums.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Widths {
+    pub storage: u64,
+    pub wide: u64,
+}
+
+impl From<Precision> for Widths {
+    fn from(precision: Precision) -> Self {
+        match precision {
+            Precision::F32 => Self { storage: 4, wide: 4 },
+            Precision::Bf16 => Self { storage: 2, wide: 4 },
+        }
+    }
+}
+
+/// The memory choices of a step: design freedom that changes no result.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Choice {
+    /// Tokens of a chunk of the streamed layer.
+    pub chunk_tokens: u64,
+    /// Rows of a tile of the feed-forward, and of head and loss.
+    pub mlp_tile_rows: u64,
+    pub loss_tile_rows: u64,
+    /// First layers of the segments whose inputs are kept.
+    pub segment_starts: Vec<u64>,
+    pub checkpoint_place: Place,
+    /// Layers (from the first) whose attention output and log-sum-exp, q/k/v, or gate and up are kept for backward.
+    pub kept_attention_layers: u64,
+    pub kept_qkv_layers: u64,
+    pub kept_gate_up_layers: u64,
+    /// Bytes of scratch that an attention call may use.
+    pub attention_workspace: u64,
+    /// Layer inputs held at once.
+    pub checkpoint_slots: u64,
+}
+
+impl Choice {
+    /// Layer inputs held in the arena at once.
+    pub fn memory_slots(&self) -> u64 {
+        match self.checkpoint_place {
+            Place::Device => self.checkpoint_slots,
+            Place::Disk => 0,
+        }
+    }
+}
+
+/// What this machine will do about a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Plan {
+    pub device: DeviceKind,
+    pub precision: Precision,
+    /// Longest sequence the arena is laid out for.
+    pub tokens: u64,
+    pub choice: Choice,
+    pub layout: Layout,
+    /// Bytes by category; their sum is the arena.
+    pub ledger: Vec<(Category, u64)>,
+    /// The arena and what the process needs beside it (library scratch, thread stacks).
+    pub predicted_peak_bytes: u64,
+    /// Spill file, when layer inputs go to disk.
+    pub disk_bytes: u64,
+    /// One forward, backward and update over one full sequence, whole causal attention.
+    pub step_seconds: f64,
+}
+
+/// Why no plan exists.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize, thiserror::Error)]
+#[error(
+    "a sequence of {tokens} tokens needs {needed_bytes} bytes of {wall} and this machine has {available_bytes}; {}",
+    self.way_out()
+)]
+pub struct Refusal {
+    pub tokens: u64,
+    /// The longest sequence that fits, 0 when not even a short one does.
+    pub longest_tokens: u64,
+    /// Which memory is the wall: `host memory`, `device memory`, `disk`.
+    pub wall: String,
+    pub needed_bytes: u64,
+    pub available_bytes: u64,
+}
+
+impl Refusal {
+    fn way_out(&self) -> String {
+        match self.longest_tokens {
+            0 => "the model's weights and optimizer states alone do not fit: use a smaller model or a larger machine"
+                .into(),
+            longest => format!(
+                "the longest sequence that fits is {longest} tokens: set training.sequence_length to it or less"
+            ),
+        }
+    }
+}
+
+impl From<Refusal> for Invalid {
+    fn from(refusal: Refusal) -> Self {
+        Self::with_code("sequence_too_long", "training.sequence_length", refusal.to_string())
+    }
+}
+
+/// The fastest plan that fits.
+pub fn plan(request: &Request) -> Result<Plan, Refusal> {
+    search::fastest(request).ok_or_else(|| search::refusal(request))
+}
+
+/// The longest sequence that this machine carries for this model, in tokens; 0 when none.
+pub fn longest(request: &Request) -> u64 {
+    search::longest(request)
+}

@@ -1,1 +1,14 @@
-//! The rooms of Arctic Long Sequence Training.
+//! The rooms of Arctic Long Sequence Training (arXiv 2506.13996): each one memory trick, each its own file and parity test.
+//!
+//! | room | what it saves | price | with one rank or tile |
+//! |---|---|---|---|
+//! | `tiled_mlp` | gate, up, activation of all rows but one tile | none: rows are independent | is `layers::mlp` |
+//! | `tiled_loss` | logits of all rows but one tile | none: gradients are made in the forward pass | is `layers::loss` |
+//! | `checkpoint_offload` | every layer's intermediates, and most layer inputs | a forward per rebuilt layer, or link and disk traffic | keeps every input in place |
+//!
+//! Two door shapes. A wrapping room (`tiled_*`) takes the arguments of its plain twin and its own tile size. A keeping
+//! room owns tensors and hands them out. Rooms do not import each other; the model composes them.
+
+pub mod checkpoint_offload;
+pub mod tiled_loss;
+pub mod tiled_mlp;

@@ -1,1 +1,8 @@
-//! The transformer, written out.
+//! The transformer, written out: which weights there are, one streamed layer, and the walk over all layers.
+
+pub mod block;
+pub mod params;
+pub mod transformer;
+
+pub use params::{LayerParams, Params};
+pub use transformer::{Batch, Transformer};

@@ -1,1 +1,82 @@
-//! Schedules and clipping around the update.
+//! The update: clipping by the global norm, AdamW over every parameter, and the learning rate of each step.
+
+pub mod schedule;
+
+use super::{
+    Result,
+    backend::{AdamW, Backend, OptimizerState, Tensor},
+};
+
+/// Flat tensors of all parameters and their state, equally long.
+#[derive(Debug, Clone, Copy)]
+pub struct States {
+    pub w: Tensor,
+    pub low: Option<Tensor>,
+    pub m: Tensor,
+    pub v: Tensor,
+    /// Wide.
+    pub g: Tensor,
+}
+
+/// A run of consecutive parameters that are updated alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Group {
+    /// First element in the flat layout, and how many.
+    pub start: u64,
+    pub elements: u64,
+    /// Norm gains are not decayed: their size is no measure of complexity.
+    pub decayed: bool,
+}
+
+/// Scalars of an update, each `[1, 1]` wide.
+#[derive(Debug, Clone, Copy)]
+pub struct Scalars {
+    /// Receives the sum of squares of all gradients before clipping.
+    pub sum_squares: Tensor,
+    /// Receives the factor that brings the norm down to its limit.
+    pub scale: Tensor,
+}
+
+/// One AdamW step over all groups with gradients scaled to a global norm of at most `max_norm` (0: not scaled).
+/// `hyper.weight_decay` holds for decayed groups.
+pub fn update<B: Backend>(
+    b: &mut B,
+    states: &States,
+    groups: &[Group],
+    scalars: Scalars,
+    hyper: &AdamW,
+    max_norm: f64,
+) -> Result {
+    b.fill(scalars.sum_squares, 0.0)?;
+    b.sum_squares(scalars.sum_squares, states.g)?;
+    b.clip_scale(scalars.scale, scalars.sum_squares, max_norm)?;
+    for group in groups {
+        let part = |flat: Tensor| Tensor {
+            offset: flat.offset + group.start * flat.dtype.bytes(),
+            rows: 1,
+            cols: group.elements,
+            ..flat
+        };
+        let state =
+            OptimizerState { w: part(states.w), low: states.low.map(part), m: part(states.m), v: part(states.v) };
+        let weight_decay = if group.decayed { hyper.weight_decay } else { 0.0 };
+        let hyper = AdamW { weight_decay, first_index: group.start, ..*hyper };
+        b.adamw(state, part(states.g), scalars.scale, &hyper)?;
+    }
+    Ok(())
+}
+
+/// Groups of a list of parameters in flat order, `(elements, is a norm gain)` each; neighbours that are updated alike are
+/// joined.
+pub fn groups(parameters: impl IntoIterator<Item = (u64, bool)>) -> Vec<Group> {
+    let mut groups: Vec<Group> = Vec::new();
+    let mut start = 0;
+    for (elements, norm) in parameters {
+        match groups.last_mut() {
+            Some(last) if last.decayed == !norm => last.elements += elements,
+            _ => groups.push(Group { start, elements, decayed: !norm }),
+        }
+        start += elements;
+    }
+    groups
+}

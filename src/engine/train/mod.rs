@@ -1,5 +1,8 @@
 //! The step loop: data, forward, backward, update, checkpoint; the engine's door.
 
+pub mod bind;
+pub mod session;
+
 use crate::domain::{
     Event, RunSpec,
     progress::{DataSummary, Evaluation, StepMetrics, WrittenCheckpoint},

@@ -1,0 +1,212 @@
+//! One layer, streamed chunk by chunk: no whole-sequence activation beyond its input/output (in place) and K, V.
+//!
+//! Forward walks the chunks in order. Backward rebuilds K and V once, then walks the chunks last to first: when chunk i's
+//! own attention backward is done, every query that sees its keys has contributed, so its dK, dV are complete and its
+//! rows of dy can become rows of dx. Exact, and no more arithmetic than recomputing the layer.
+
+use std::ops::Range;
+
+use crate::engine::{
+    Result,
+    alst::{
+        checkpoint_offload::KeptLayer,
+        tiled_mlp::{self, TiledMlp},
+    },
+    backend::{Backend, Heads, Stream, Tensor},
+    layers::{
+        attention::{self, Activations, Chunk, KeysValues},
+        mlp,
+    },
+    model::params::LayerParams,
+};
+
+/// Buffers that one layer at a time uses.
+#[derive(Debug, Clone, Copy)]
+pub struct Work {
+    /// Buffers of one chunk; their row count is the chunk size.
+    pub attention: attention::Work,
+    /// Chunk buffers for layers of which q, or o and lse, are not kept.
+    pub q: Option<Tensor>,
+    pub attended: Option<(Tensor, Tensor)>,
+    /// `[c, h]`: the chunk's residual stream between attention and feed-forward.
+    pub h1: Tensor,
+    /// `[T, nk d]`, for layers whose k, v are not kept.
+    pub kv: Option<KeysValues>,
+    /// `[T, nk d]` wide.
+    pub dkv: KeysValues,
+    pub mlp: TiledMlp,
+}
+
+/// The sequence a layer runs over.
+#[derive(Debug, Clone, Copy)]
+pub struct Sequence<'a> {
+    pub tokens: u64,
+    /// Bounds of all documents, covering `0..tokens`.
+    pub documents: &'a [Range<u64>],
+    /// Rotary angles `[T, d]` wide.
+    pub angles: Tensor,
+    pub heads: Heads,
+    pub eps: f64,
+}
+
+/// Which forward this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Pass {
+    /// The first over this batch: fills what is kept.
+    First,
+    /// A later one that rebuilds the next layer's input: reads what is kept.
+    Rerun,
+}
+
+impl<'a> Sequence<'a> {
+    /// The documents that meet these rows.
+    fn documents_of(&self, rows: &Range<u64>) -> &'a [Range<u64>] {
+        let first = self.documents.partition_point(|d| d.end <= rows.start);
+        let last = self.documents.partition_point(|d| d.start < rows.end);
+        &self.documents[first..last]
+    }
+
+    fn chunk(&self, rows: Range<u64>) -> Chunk<'a> {
+        Chunk {
+            documents: self.documents_of(&rows),
+            angles: self.angles.rows(rows.start, rows.end),
+            heads: self.heads,
+            eps: self.eps,
+            rows,
+        }
+    }
+
+    /// Chunks of up to `size` rows, in order.
+    fn chunks(&self, size: u64) -> impl DoubleEndedIterator<Item = Chunk<'a>> + use<'a> {
+        let sequence = *self;
+        (0..self.tokens.div_ceil(size)).map(move |i| sequence.chunk(i * size..sequence.tokens.min((i + 1) * size)))
+    }
+}
+
+fn attention_weights(p: &LayerParams) -> attention::Weights {
+    attention::Weights { norm: p.attention_norm, qkv: p.qkv, output: p.output }
+}
+
+fn mlp_weights(p: &LayerParams) -> mlp::Weights {
+    mlp::Weights { norm: p.mlp_norm, gate_up: p.gate_up, down: p.down }
+}
+
+impl Work {
+    /// Attention buffers cut to the rows of a chunk.
+    fn chunk(&self, n: u64) -> attention::Work {
+        let a = &self.attention;
+        attention::Work {
+            norm: a.norm.rows(0, n),
+            qkv: a.qkv.rows(0, n),
+            d_o: a.d_o.rows(0, n),
+            dq: a.dq.rows(0, n),
+            delta: a.delta.shaped(a.delta.rows, n),
+            scratch: a.scratch,
+        }
+    }
+
+    /// Rows of what is kept, or chunk buffers.
+    fn activations(&self, kept: &KeptLayer, at: &Chunk) -> Activations {
+        let Range { start, end } = at.rows;
+        let n = end - start;
+        let q = match (kept.qkv, self.q) {
+            (Some((q, ..)), _) => q.rows(start, end),
+            (None, Some(q)) => q.rows(0, n),
+            (None, None) => unreachable!("the plan keeps q or has a buffer for it"),
+        };
+        let (o, lse) = match (kept.attention, self.attended) {
+            (Some((o, lse)), _) => (o.rows(start, end), lse.rows(start, end).shaped(at.heads.n_heads, n)),
+            (None, Some((o, lse))) => (o.rows(0, n), lse.shaped(at.heads.n_heads, n)),
+            (None, None) => unreachable!("the plan keeps o or has a buffer for it"),
+        };
+        Activations { q, o, lse }
+    }
+
+    fn kv(&self, kept: &KeptLayer) -> KeysValues {
+        match (kept.qkv, self.kv) {
+            (Some((_, k, v)), _) => KeysValues { k, v },
+            (None, Some(kv)) => kv,
+            (None, None) => unreachable!("the plan keeps k and v or has buffers for them"),
+        }
+    }
+
+    /// Forward over the whole sequence: `x` `[T, h]` becomes the layer's output. `put` sees each chunk's input rows before
+    /// they are overwritten.
+    pub fn forward<B: Backend>(
+        &self,
+        b: &mut B,
+        x: Tensor,
+        (weights, kept): (&LayerParams, &KeptLayer),
+        sequence: Sequence,
+        pass: Pass,
+        mut put: impl FnMut(&mut B, &Range<u64>, Tensor) -> Result,
+    ) -> Result {
+        let (attention_w, mlp_w) = (attention_weights(weights), mlp_weights(weights));
+        let kv = self.kv(kept);
+        for at in sequence.chunks(self.attention.norm.rows) {
+            let Range { start, end } = at.rows;
+            let rows = x.rows(start, end);
+            put(b, &at.rows, rows)?;
+            let work = self.chunk(end - start);
+            let act = self.activations(kept, &at);
+            let filled = pass == Pass::Rerun;
+            if !(filled && kept.attention.is_some()) {
+                if !(filled && kept.qkv.is_some()) {
+                    attention::project(b, rows, &attention_w, &work, act.q, kv, &at)?;
+                }
+                attention::attend(b, &act, kv, &work, &at)?;
+            }
+            attention::project_output(b, rows, act.o, &attention_w)?;
+            self.mlp.forward(b, rows, &mlp_w, kept_gate_up(kept, &at, filled))?;
+        }
+        Ok(())
+    }
+
+    /// Backward over the whole sequence: `dy` `[T, h]`, the gradient of the layer's output, becomes that of its input `x`;
+    /// `grads` is added to.
+    pub fn backward<B: Backend>(
+        &self,
+        b: &mut B,
+        (dy, x): (Tensor, Tensor),
+        (weights, kept): (&LayerParams, &KeptLayer),
+        grads: &LayerParams,
+        sequence: Sequence,
+    ) -> Result {
+        let (attention_w, mlp_w) = (attention_weights(weights), mlp_weights(weights));
+        let (attention_dw, mlp_dw) = (attention_weights(grads), mlp_weights(grads));
+        let size = self.attention.norm.rows;
+        let kv = self.kv(kept);
+        if kept.qkv.is_none() {
+            for at in sequence.chunks(size) {
+                let rows = x.rows(at.rows.start, at.rows.end);
+                attention::project_kv(b, rows, &attention_w, &self.chunk(rows.rows), kv, &at)?;
+            }
+        }
+        b.fill(self.dkv.k.rows(0, sequence.tokens), 0.0)?;
+        b.fill(self.dkv.v.rows(0, sequence.tokens), 0.0)?;
+        for at in sequence.chunks(size).rev() {
+            let (dy, x) = (dy.rows(at.rows.start, at.rows.end), x.rows(at.rows.start, at.rows.end));
+            let work = self.chunk(x.rows);
+            let act = self.activations(kept, &at);
+            if kept.qkv.is_some() {
+                b.rmsnorm(work.norm, x, attention_w.norm, at.eps)?;
+            } else {
+                attention::project_q(b, x, &attention_w, &work, act.q, &at)?;
+            }
+            if kept.attention.is_none() {
+                attention::attend(b, &act, kv, &work, &at)?;
+            }
+            let h1 = self.h1.rows(0, x.rows);
+            b.copy(Stream::Compute, h1, x)?;
+            attention::project_output(b, h1, act.o, &attention_w)?;
+            self.mlp.backward(b, dy, h1, &mlp_w, &mlp_dw, kept_gate_up(kept, &at, true))?;
+            let saved = attention::Saved { x, w: &attention_w, act, kv };
+            attention::backward(b, dy, saved, self.dkv, &attention_dw, &work, &at)?;
+        }
+        Ok(())
+    }
+}
+
+fn kept_gate_up(kept: &KeptLayer, at: &Chunk, filled: bool) -> Option<tiled_mlp::Kept> {
+    kept.gate_up.map(|all| tiled_mlp::Kept { gate_up: all.rows(at.rows.start, at.rows.end), filled })
+}

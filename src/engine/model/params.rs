@@ -1,0 +1,111 @@
+//! Every parameter: its Hugging Face name, its shape, its place in one flat run of elements.
+//!
+//! The same layout serves weights, gradients and both moments, so an update walks four flat tensors. q, k, v lie side by
+//! side and so do gate and up: each group is one matrix to a GEMM and several names to a file.
+
+use crate::{domain::ModelConfig, engine::backend::Tensor};
+
+/// One layer's parameters, or their gradients or moments.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerParams {
+    /// `[1, h]`
+    pub attention_norm: Tensor,
+    /// `[(nq + 2 nk) d, h]`
+    pub qkv: Tensor,
+    /// `[h, nq d]`
+    pub output: Tensor,
+    /// `[1, h]`
+    pub mlp_norm: Tensor,
+    /// `[2 f, h]`
+    pub gate_up: Tensor,
+    /// `[h, f]`
+    pub down: Tensor,
+}
+
+/// All parameters, or their gradients or moments.
+#[derive(Debug, Clone)]
+pub struct Params {
+    /// `[V, h]`
+    pub embedding: Tensor,
+    pub layers: Vec<LayerParams>,
+    /// `[1, h]`
+    pub norm: Tensor,
+    /// `[V, h]`; the embedding itself when tied.
+    pub head: Tensor,
+}
+
+/// One parameter as a file knows it.
+#[derive(Debug, Clone)]
+pub struct Named {
+    pub name: String,
+    /// One dimension for norms, two for matrices.
+    pub shape: Vec<u64>,
+    pub tensor: Tensor,
+}
+
+/// Hands out consecutive pieces of a flat tensor.
+struct Pieces {
+    flat: Tensor,
+    taken: u64,
+}
+
+impl Pieces {
+    fn take(&mut self, rows: u64, cols: u64) -> Tensor {
+        let offset = self.flat.offset + self.taken * self.flat.dtype.bytes();
+        self.taken += rows * cols;
+        assert!(self.taken <= self.flat.elements(), "parameters need {} elements or more", self.taken);
+        Tensor { offset, rows, cols, ..self.flat }
+    }
+}
+
+impl Params {
+    /// Parameters laid over a flat tensor of [`ModelConfig::n_params`] elements.
+    ///
+    /// # Panics
+    /// When the tensor is smaller.
+    pub fn over(config: &ModelConfig, flat: Tensor) -> Self {
+        let (h, f, vocab) = (config.hidden_size, config.intermediate_size, config.vocab_size);
+        let mut pieces = Pieces { flat, taken: 0 };
+        let embedding = pieces.take(vocab, h);
+        let layers = (0..config.n_layers)
+            .map(|_| LayerParams {
+                attention_norm: pieces.take(1, h),
+                qkv: pieces.take(config.q_size() + 2 * config.kv_size(), h),
+                output: pieces.take(h, config.q_size()),
+                mlp_norm: pieces.take(1, h),
+                gate_up: pieces.take(2 * f, h),
+                down: pieces.take(h, f),
+            })
+            .collect();
+        let norm = pieces.take(1, h);
+        let head = if config.tie_word_embeddings { embedding } else { pieces.take(vocab, h) };
+        Self { embedding, layers, norm, head }
+    }
+
+    /// Every parameter under its Hugging Face name, in the order of the flat layout. A tied head has no name of its own.
+    pub fn named(&self, config: &ModelConfig) -> Vec<Named> {
+        let (q, kv, f) = (config.q_size(), config.kv_size(), config.intermediate_size);
+        let matrix = |name: String, tensor: Tensor| Named { name, shape: vec![tensor.rows, tensor.cols], tensor };
+        let vector = |name: String, tensor: Tensor| Named { name, shape: vec![tensor.cols], tensor };
+        let mut out = vec![matrix("model.embed_tokens.weight".into(), self.embedding)];
+        for (i, layer) in self.layers.iter().enumerate() {
+            let name = |part: &str| format!("model.layers.{i}.{part}.weight");
+            out.extend([
+                vector(name("input_layernorm"), layer.attention_norm),
+                matrix(name("self_attn.q_proj"), layer.qkv.rows(0, q)),
+                matrix(name("self_attn.k_proj"), layer.qkv.rows(q, q + kv)),
+                matrix(name("self_attn.v_proj"), layer.qkv.rows(q + kv, q + 2 * kv)),
+                matrix(name("self_attn.o_proj"), layer.output),
+                vector(name("post_attention_layernorm"), layer.mlp_norm),
+                matrix(name("mlp.gate_proj"), layer.gate_up.rows(0, f)),
+                matrix(name("mlp.up_proj"), layer.gate_up.rows(f, 2 * f)),
+                matrix(name("mlp.down_proj"), layer.down),
+            ]);
+        }
+        out.push(vector("model.norm.weight".into(), self.norm));
+        if self.head != self.embedding {
+            out.push(matrix("lm_head.weight".into(), self.head));
+        }
+        out
+    }
+}

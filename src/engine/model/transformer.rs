@@ -1,0 +1,144 @@
+//! The whole decoder: embedding, the layer loop with its segments, head and loss; forward, backward, evaluation.
+
+use std::ops::Range;
+
+use super::{
+    block::{self, Pass},
+    params::Params,
+};
+use crate::{
+    domain::ModelConfig,
+    engine::{
+        Result,
+        alst::{checkpoint_offload::CheckpointOffload, tiled_loss::TiledLoss},
+        backend::{Backend, Heads, Tensor},
+        layers::loss,
+    },
+};
+
+/// A decoder laid over planned memory. Holds places, not values: the backend has those.
+#[derive(Debug)]
+pub struct Transformer {
+    pub config: ModelConfig,
+    pub weights: Params,
+    /// Wide; added to by every backward.
+    pub grads: Params,
+    /// First layers of the segments whose inputs are kept, ascending from 0.
+    pub segment_starts: Vec<u64>,
+    pub checkpoints: CheckpointOffload,
+    pub block: block::Work,
+    pub loss: TiledLoss,
+    /// Residual stream and its gradient `[T, h]`.
+    pub x: Tensor,
+    pub dy: Tensor,
+    /// Sum of losses and number of right guesses, `[1, 2]` wide; added to.
+    pub sums: Tensor,
+    /// Token ids, labels, positions `[T, 1]`, rotary angles `[T, d]`: room for the longest sequence.
+    pub ids: Tensor,
+    pub labels: Tensor,
+    pub positions: Tensor,
+    pub angles: Tensor,
+}
+
+/// One sequence as the model sees it. All three lists are equally long; labels are already shifted, -100 counts nothing.
+#[derive(Debug, Clone, Copy)]
+pub struct Batch<'a> {
+    pub ids: &'a [i32],
+    pub labels: &'a [i32],
+    pub positions: &'a [i32],
+    /// Bounds of the documents, covering the sequence without gaps.
+    pub documents: &'a [Range<u64>],
+}
+
+impl Transformer {
+    /// Forward and backward over one sequence: adds to `sums` and to `grads`. `scale` is one over the number of valid
+    /// labels of the whole optimizer step.
+    pub fn forward_backward<B: Backend>(&mut self, b: &mut B, batch: Batch, scale: f64) -> Result {
+        let at = self.load(b, batch)?;
+        let (x, dy) = (self.x.rows(0, at.tokens), self.dy.rows(0, at.tokens));
+        let ids = self.ids.rows(0, at.tokens);
+        b.embedding(x, ids, self.weights.embedding)?;
+        for layer in 0..self.config.n_layers {
+            let keep = self.segment_starts.contains(&layer);
+            self.layer_forward(b, layer, at, Pass::First, keep)?;
+        }
+        let labels = self.labels.rows(0, at.tokens);
+        let dw = loss::Weights { norm: self.grads.norm, head: self.grads.head };
+        let gradient = loss::Gradient { dx: dy, dw, scale };
+        self.loss.forward_backward(b, self.sums, (x, labels), &self.head(), Some(gradient))?;
+        for segment in (0..self.segment_starts.len()).rev() {
+            self.segment_backward(b, segment, at)?;
+        }
+        b.embedding_backward(self.grads.embedding, ids, dy)
+    }
+
+    /// Forward alone over one sequence: adds to `sums`.
+    pub fn evaluate<B: Backend>(&mut self, b: &mut B, batch: Batch) -> Result {
+        let at = self.load(b, batch)?;
+        let x = self.x.rows(0, at.tokens);
+        b.embedding(x, self.ids.rows(0, at.tokens), self.weights.embedding)?;
+        for layer in 0..self.config.n_layers {
+            self.layer_forward(b, layer, at, Pass::First, false)?;
+        }
+        let labels = self.labels.rows(0, at.tokens);
+        self.loss.forward_backward(b, self.sums, (x, labels), &self.head(), None)
+    }
+
+    fn head(&self) -> loss::Weights {
+        loss::Weights { norm: self.weights.norm, head: self.weights.head }
+    }
+
+    /// Brings a sequence to the device and computes its rotary angles.
+    fn load<'a, B: Backend>(&mut self, b: &mut B, batch: Batch<'a>) -> Result<block::Sequence<'a>> {
+        let tokens = batch.ids.len() as u64;
+        b.upload(self.ids.rows(0, tokens), bytemuck::cast_slice(batch.ids))?;
+        b.upload(self.labels.rows(0, tokens), bytemuck::cast_slice(batch.labels))?;
+        let positions = self.positions.rows(0, tokens);
+        b.upload(positions, bytemuck::cast_slice(batch.positions))?;
+        b.rope_table(self.angles.rows(0, tokens), positions, &self.config.inverse_frequencies())?;
+        let heads =
+            Heads { n_heads: self.config.n_heads, n_kv_heads: self.config.n_kv_heads, head_dim: self.config.head_dim };
+        let (angles, eps) = (self.angles, self.config.rms_norm_eps);
+        Ok(block::Sequence { tokens, documents: batch.documents, angles, heads, eps })
+    }
+
+    fn layer_forward<B: Backend>(
+        &mut self,
+        b: &mut B,
+        layer: u64,
+        at: block::Sequence,
+        pass: Pass,
+        keep_input: bool,
+    ) -> Result {
+        let kept = self.checkpoints.layer(layer);
+        let weights = &self.weights.layers[layer as usize];
+        let checkpoints = &mut self.checkpoints;
+        let x = self.x.rows(0, at.tokens);
+        self.block.forward(b, x, (weights, &kept), at, pass, |b, rows, x| {
+            if keep_input { checkpoints.put(b, layer, rows, x) } else { Ok(()) }
+        })
+    }
+
+    /// Backward of one segment: rebuilds the inputs of its layers from its start, then walks them last to first.
+    fn segment_backward<B: Backend>(&mut self, b: &mut B, segment: usize, at: block::Sequence) -> Result {
+        let start = self.segment_starts[segment];
+        let end = self.segment_starts.get(segment + 1).copied().unwrap_or(self.config.n_layers);
+        let (x, dy) = (self.x.rows(0, at.tokens), self.dy.rows(0, at.tokens));
+        if end - start > 1 {
+            self.checkpoints.fetch(b, start, x, true)?;
+            for layer in start..end - 1 {
+                self.layer_forward(b, layer, at, Pass::Rerun, layer > start)?;
+            }
+        }
+        for layer in (start..end).rev() {
+            // The last layer's input is what the re-run left in x.
+            if self.checkpoints.holds(layer) {
+                self.checkpoints.fetch(b, layer, x, false)?;
+            }
+            let kept = self.checkpoints.layer(layer);
+            let (weights, grads) = (&self.weights.layers[layer as usize], &self.grads.layers[layer as usize]);
+            self.block.backward(b, (dy, x), (weights, &kept), grads, at)?;
+        }
+        Ok(())
+    }
+}

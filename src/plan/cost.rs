@@ -1,0 +1,85 @@
+//! Predicted time of a step: FLOPs over rates, bytes over bandwidths. Which plan is faster matters more than the figure.
+
+use super::{Choice, Place, Widths};
+use crate::domain::{Machine, ModelConfig};
+
+/// FLOPs of one forward of one layer over a sequence, by part.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LayerFlops {
+    pub qkv: f64,
+    /// Causal: half of all pairs.
+    pub attention: f64,
+    pub output: f64,
+    pub gate_up: f64,
+    pub down: f64,
+}
+
+impl LayerFlops {
+    /// For `tokens` tokens that all attend to each other causally.
+    pub fn of(model: &ModelConfig, tokens: u64) -> Self {
+        let t = tokens as f64;
+        let (h, f) = (model.hidden_size as f64, model.intermediate_size as f64);
+        let (q, kv) = (model.q_size() as f64, model.kv_size() as f64);
+        Self {
+            qkv: 2.0 * t * h * (q + 2.0 * kv),
+            attention: 2.0 * t * t * q,
+            output: 2.0 * t * h * q,
+            gate_up: 4.0 * t * h * f,
+            down: 2.0 * t * h * f,
+        }
+    }
+
+    fn dense(&self) -> f64 {
+        self.qkv + self.output + self.gate_up + self.down
+    }
+}
+
+/// Share of the time of one chunk that its fixed costs take, at this many tokens a chunk: small products are slower.
+const HALF_SPEED_TOKENS: f64 = 24.0;
+
+/// Seconds of one forward, backward and update over one sequence of `tokens` tokens.
+pub fn step_seconds(model: &ModelConfig, machine: &Machine, widths: Widths, tokens: u64, choice: &Choice) -> f64 {
+    let flops = LayerFlops::of(model, tokens);
+    let rates = &machine.rates;
+    let chunk = choice.chunk_tokens.min(tokens) as f64;
+    let gemm = rates.gemm_flops * chunk / (chunk + HALF_SPEED_TOKENS);
+    let attention = rates.attention_flops * chunk / (chunk + HALF_SPEED_TOKENS);
+    let layers = model.n_layers;
+
+    let mut dense = 0.0;
+    let mut attended = 0.0;
+    for layer in 0..layers {
+        let kept_attention = layer < choice.kept_attention_layers;
+        let kept_qkv = layer < choice.kept_qkv_layers;
+        let kept_gate_up = layer < choice.kept_gate_up_layers;
+        // Forward and backward proper.
+        dense += 3.0 * flops.dense();
+        attended += 3.5 * flops.attention;
+        // Rebuilt inside the layer's backward: q, k, v, attention, h1, gate and up; not down.
+        dense += flops.output;
+        dense += if kept_qkv { 0.0 } else { flops.qkv };
+        dense += if kept_gate_up { 0.0 } else { flops.gate_up };
+        attended += if kept_attention { 0.0 } else { flops.attention };
+        // Re-run to rebuild the next layer's input.
+        if !choice.segment_starts.contains(&(layer + 1)) && layer + 1 < layers {
+            dense += flops.output + flops.down;
+            dense += if kept_gate_up { 0.0 } else { flops.gate_up };
+            dense += if kept_qkv || kept_attention { 0.0 } else { flops.qkv };
+            attended += if kept_attention { 0.0 } else { flops.attention };
+        }
+    }
+    let head = 6.0 * tokens as f64 * (model.hidden_size * model.vocab_size) as f64;
+    let update_bytes = model.n_params() as f64 * (2 * widths.storage + 5 * widths.wide) as f64;
+    (dense + head) / gemm
+        + attended / attention
+        + update_bytes / rates.memory_bytes
+        + disk_bytes(model, widths, tokens, choice) as f64 * 2.0 / rates.disk_bytes
+}
+
+/// Bytes of the spill file: every kept layer input, when they live on disk.
+pub fn disk_bytes(model: &ModelConfig, widths: Widths, tokens: u64, choice: &Choice) -> u64 {
+    match choice.checkpoint_place {
+        Place::Device => 0,
+        Place::Disk => choice.checkpoint_slots * tokens * model.hidden_size * widths.storage,
+    }
+}

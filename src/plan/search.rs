@@ -1,0 +1,195 @@
+//! The search: a few hundred candidates, each priced and laid out; the fastest that fits wins.
+
+use super::{
+    Choice, Forced, Place, Plan, Refusal, Request, Widths,
+    cost::{disk_bytes, step_seconds},
+    layout::{Layout, lay_out},
+    segments, workspace,
+};
+use crate::domain::{machine::DeviceKind, training::MAX_SEQUENCE_LENGTH};
+
+/// Chunk sizes tried, largest first.
+const CHUNKS: [u64; 6] = [8192, 4096, 2048, 1024, 512, 256];
+/// Rows of a feed-forward tile: enough for full GEMM speed, small beside a chunk's other buffers.
+const MLP_TILE_ROWS: u64 = 1024;
+/// Bytes of one tile of logits.
+const LOGITS_TILE_BYTES: u64 = 32 << 20;
+/// Sequence lengths reported as the longest are multiples of this.
+const LENGTH_STEP: u64 = 128;
+
+/// The fastest plan that fits, if any does.
+pub fn fastest(request: &Request) -> Option<Plan> {
+    candidates(request)
+        .into_iter()
+        .filter(|plan| fits(request, plan))
+        .min_by(|a, b| a.step_seconds.total_cmp(&b.step_seconds))
+}
+
+/// The longest sequence with a plan, in tokens.
+pub fn longest(request: &Request) -> u64 {
+    let possible = |tokens: u64| {
+        let request = Request { tokens, ..request.clone() };
+        bare_choices(&request).into_iter().any(|choice| fits(&request, &priced(&request, choice)))
+    };
+    let (mut low, mut high) = (0, MAX_SEQUENCE_LENGTH / LENGTH_STEP);
+    while low < high {
+        let middle = (low + high).div_ceil(2);
+        if possible(middle * LENGTH_STEP) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    low * LENGTH_STEP
+}
+
+/// Why nothing fits: measured on the candidate that needs least memory.
+pub fn refusal(request: &Request) -> Refusal {
+    let machine = request.machine;
+    let plans = candidates(request);
+    let smallest = plans.iter().min_by_key(|plan| plan.predicted_peak_bytes);
+    let needed = smallest.map_or(u64::MAX, |plan| plan.predicted_peak_bytes);
+    let disk = smallest.map_or(0, |plan| plan.disk_bytes);
+    let memory = match machine.device {
+        DeviceKind::Cpu => "host memory",
+        DeviceKind::Cuda => "device memory",
+    };
+    let by_disk = needed <= machine.device_bytes;
+    Refusal {
+        tokens: request.tokens,
+        longest_tokens: longest(request),
+        wall: if by_disk { "disk".into() } else { memory.into() },
+        needed_bytes: if by_disk { disk } else { needed },
+        available_bytes: if by_disk { machine.disk_bytes } else { machine.device_bytes },
+    }
+}
+
+fn fits(request: &Request, plan: &Plan) -> bool {
+    plan.predicted_peak_bytes <= request.machine.device_bytes && plan.disk_bytes <= request.machine.disk_bytes
+}
+
+/// Every combination worth pricing, each with the extras that still fit.
+fn candidates(request: &Request) -> Vec<Plan> {
+    bare_choices(request).into_iter().map(|bare| with_extras(request, bare)).collect()
+}
+
+/// Every combination of chunk size, place and number of kept inputs.
+fn bare_choices(request: &Request) -> Vec<Choice> {
+    let model = request.model;
+    let chunks: Vec<u64> = match request.forced.chunk_tokens {
+        Some(chunk) => vec![chunk],
+        None => {
+            let longest = request.tokens.min(CHUNKS[0]);
+            CHUNKS.into_iter().filter(|c| *c < longest).chain([longest]).collect()
+        }
+    };
+    let fewest = segments::fewest_slots(model.n_layers);
+    let slots: Vec<u64> = match request.forced.checkpoint_slots {
+        Some(slots) => vec![slots],
+        None => (fewest..=model.n_layers).collect(),
+    };
+    let mut choices = Vec::new();
+    for chunk in chunks {
+        for slots in &slots {
+            for place in [Place::Device, Place::Disk] {
+                if request.forced.place.is_some_and(|forced| forced != place) {
+                    continue;
+                }
+                choices.extend(bare_choice(request, chunk, *slots, place));
+            }
+        }
+    }
+    choices
+}
+
+/// The choice with nothing kept beyond layer inputs.
+fn bare_choice(request: &Request, chunk: u64, slots: u64, place: Place) -> Option<Choice> {
+    let model = request.model;
+    let widths = Widths::from(request.precision);
+    let segment_starts = segments::starts(model.n_layers, slots)?;
+    let rows = (LOGITS_TILE_BYTES / (model.vocab_size * widths.storage)).clamp(16, request.tokens.max(16));
+    Some(Choice {
+        chunk_tokens: chunk,
+        mlp_tile_rows: MLP_TILE_ROWS.min(chunk),
+        loss_tile_rows: rows.min(request.tokens),
+        checkpoint_slots: segments::slots_needed(&segment_starts, model.n_layers),
+        segment_starts,
+        checkpoint_place: place,
+        kept_attention_layers: 0,
+        kept_qkv_layers: 0,
+        kept_gate_up_layers: 0,
+        attention_workspace: workspace::attention(model, request.machine.device, chunk, request.tokens),
+    })
+}
+
+/// What may be kept by layer.
+#[derive(Debug, Clone, Copy)]
+enum Extra {
+    Attention,
+    Qkv,
+    GateUp,
+}
+
+impl Extra {
+    fn layers(self, choice: &mut Choice) -> &mut u64 {
+        match self {
+            Self::Attention => &mut choice.kept_attention_layers,
+            Self::Qkv => &mut choice.kept_qkv_layers,
+            Self::GateUp => &mut choice.kept_gate_up_layers,
+        }
+    }
+
+    fn forced(self, forced: &Forced) -> Option<u64> {
+        match self {
+            Self::Attention => forced.kept_attention_layers,
+            Self::Qkv => forced.kept_qkv_layers,
+            Self::GateUp => forced.kept_gate_up_layers,
+        }
+    }
+}
+
+/// Adds kept tensors while they fit, best saving per byte first: a byte of kept attention output saves 2 T FLOPs, a byte
+/// of a kept projection saves 2 h.
+fn with_extras(request: &Request, mut choice: Choice) -> Plan {
+    let order = if request.tokens >= request.model.hidden_size {
+        [Extra::Attention, Extra::Qkv, Extra::GateUp]
+    } else {
+        [Extra::Qkv, Extra::GateUp, Extra::Attention]
+    };
+    for extra in order {
+        if let Some(layers) = extra.forced(&request.forced) {
+            *extra.layers(&mut choice) = layers.min(request.model.n_layers);
+            continue;
+        }
+        // Bytes grow with the number of layers, so the most that fit are found by bisection.
+        let (mut low, mut high) = (0, request.model.n_layers);
+        while low < high {
+            let middle = (low + high).div_ceil(2);
+            *extra.layers(&mut choice) = middle;
+            if fits(request, &priced(request, choice.clone())) {
+                low = middle;
+            } else {
+                high = middle - 1;
+            }
+        }
+        *extra.layers(&mut choice) = low;
+    }
+    priced(request, choice)
+}
+
+/// A choice with its layout, peak and time.
+fn priced(request: &Request, choice: Choice) -> Plan {
+    let widths = Widths::from(request.precision);
+    let layout: Layout = lay_out(request.model, widths, request.tokens, &choice);
+    Plan {
+        device: request.machine.device,
+        precision: request.precision,
+        tokens: request.tokens,
+        ledger: layout.ledger(),
+        predicted_peak_bytes: layout.bytes + workspace::process(request.machine.device),
+        disk_bytes: disk_bytes(request.model, widths, request.tokens, &choice),
+        step_seconds: step_seconds(request.model, request.machine, widths, request.tokens, &choice),
+        choice,
+        layout,
+    }
+}
