@@ -123,8 +123,10 @@ impl<B: Backend> Session<B> {
         let mut bytes = vec![0; from.bytes() as usize];
         self.backend.download(from, &mut bytes)?;
         match from.dtype {
-            DType::F32 => Ok(bytemuck::pod_collect_to_vec::<u8, f32>(&bytes).into_iter().map(f64::from).collect()),
-            DType::F64 => Ok(bytemuck::pod_collect_to_vec(&bytes)),
+            DType::F32 => {
+                Ok(bytemuck::allocation::pod_collect_to_vec::<u8, f32>(&bytes).into_iter().map(f64::from).collect())
+            }
+            DType::F64 => Ok(bytemuck::allocation::pod_collect_to_vec(&bytes)),
             other => Err(Error::Missing(format!("sums are kept in f32 or f64, not {other:?}"))),
         }
     }
