@@ -24,7 +24,7 @@ CREATE TABLE jobs (
     model             text NOT NULL,                -- name of the base model, as asked
     training_file     text NOT NULL,
     validation_file   text,
-    -- Further files beside the two of the OpenAI shape; all are file ids.
+    -- Every file in the order of training, as file ids: training_file and validation_file are the first of each.
     training_files    text[] NOT NULL,
     validation_files  text[] NOT NULL DEFAULT '{}',
     request           jsonb NOT NULL,               -- the accepted body, for echoing method, hyperparameters, training

@@ -11,8 +11,15 @@ use sqlx::{
     postgres::{PgConnectOptions, PgPoolOptions},
 };
 
+pub mod blobs;
+pub mod checkpoints;
+pub mod events;
+pub mod files;
+pub mod jobs;
+mod page;
 pub mod weights;
 
+pub use page::{Listed, Order, Page};
 pub use weights::Weights;
 
 /// Longest that one statement may run; the largest is a batch of deletes.
@@ -24,7 +31,7 @@ const IDLE_IN_TRANSACTION_TIMEOUT: &str = "30s";
 /// Longest wait for a free (or new) connection before the database counts as unavailable.
 const ACQUIRE_TIMEOUT: Duration = Duration::from_secs(10);
 /// Idle connections above the first are closed after this.
-const IDLE_CONNECTION: Duration = Duration::from_secs(300);
+const IDLE_CONNECTION: Duration = Duration::from_mins(5);
 
 /// The schema, embedded in the binary: numbered files, applied in order, forward only.
 static MIGRATOR: Migrator = sqlx::migrate!("./migrations");
@@ -67,7 +74,9 @@ impl Store {
         };
         Ok(Self {
             pool: pool(settings.max_connections).connect_with(options.clone()).await?,
-            bulk: pool(settings.max_bulk_connections).connect_lazy_with(options),
+            // Commits of upload rows need not wait for the disk: the commit that makes a file of them does, for them all.
+            bulk: pool(settings.max_bulk_connections)
+                .connect_lazy_with(options.options([("synchronous_commit", "off")])),
             weights: Weights::local(&settings.weights_folder)?,
         })
     }
@@ -140,6 +149,11 @@ impl Error {
     }
 }
 
+/// An id out of a row; the database holds only ids that we made.
+fn stored_id<T: std::str::FromStr>(id: &str) -> Result<T, Error> {
+    id.parse().map_err(|_| Error::Corrupt(format!("{id} is not an id of its kind")))
+}
+
 /// Bytes as lower-case hex.
 fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write;
@@ -161,7 +175,7 @@ impl From<sqlx::Error> for Error {
         if let Some(constraint) = database.and_then(|e| e.constraint()).map(str::to_owned) {
             return Self::Conflict { constraint, source };
         }
-        let outage = database.and_then(|e| e.code()).is_some_and(|code| is_outage(&code));
+        let outage = database.and_then(sqlx::error::DatabaseError::code).is_some_and(|code| is_outage(&code));
         match source {
             _ if outage => Self::Unavailable(source),
             E::Io(_) | E::Tls(_) | E::PoolTimedOut | E::PoolClosed | E::WorkerCrashed => Self::Unavailable(source),

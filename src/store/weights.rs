@@ -129,7 +129,7 @@ impl Weights {
 
 /// Each `/`-separated part is escaped where it holds anything special, so `..` stays inside the folder.
 fn key(checkpoint: &CheckpointId, path: &str) -> object_store::path::Path {
-    object_store::path::Path::from_iter(["checkpoints", checkpoint.as_str()].into_iter().chain(path.split('/')))
+    ["checkpoints", checkpoint.as_str()].into_iter().chain(path.split('/')).collect()
 }
 
 /// Size and digest of what has passed by.
