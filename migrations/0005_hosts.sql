@@ -5,7 +5,7 @@ CREATE TABLE hosts (
     hostname     text NOT NULL,
     version      text NOT NULL,
     machines     jsonb NOT NULL,                    -- [domain::Machine]: one for the CPU, one for the GPUs
-    models       jsonb NOT NULL DEFAULT '[]',       -- names of base models found in its model folder
+    models       jsonb NOT NULL DEFAULT '[]',       -- [domain::BaseModel]: what its model folder holds
     started_at   timestamptz NOT NULL DEFAULT now(),
     seen_at      timestamptz NOT NULL DEFAULT now()
 );

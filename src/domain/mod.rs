@@ -17,6 +17,6 @@ pub use ids::{CheckpointId, EventId, ExecutorId, FileId, JobId};
 pub use invalid::Invalid;
 pub use job::JobStatus;
 pub use machine::Machine;
-pub use model::ModelConfig;
+pub use model::{BaseModel, ModelConfig};
 pub use run::RunSpec;
 pub use training::TrainingSpec;

@@ -19,6 +19,19 @@ pub struct ModelConfig {
     pub max_position_embeddings: u64,
 }
 
+/// A base model in a host's model folder, as its executor publishes it in `hosts.models`. The API plans with it.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct BaseModel {
+    /// What a job asks for as `model`: the folder's name.
+    pub name: String,
+    /// Its numbers, where its `config.json` is one that can be trained.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub config: Option<ModelConfig>,
+    /// Why it cannot be trained, where it cannot: shown to whoever asks for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
+}
+
 /// Rotary position encoding: base and scaling.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Rope {
