@@ -3,6 +3,8 @@
 //! Modules in the order a request meets them. `tests/it/floors.rs` holds who may import whom.
 
 pub mod api; // HTTP, by noun
+pub mod bench; // what a step costs on this machine
+pub mod cli; // subcommands that read, compute and print
 pub mod client; // the same API from the command line
 pub mod config; // the only reader of the environment
 pub mod domain; // the words everyone shares

@@ -36,6 +36,10 @@ pub struct Forced {
     pub kept_attention_layers: Option<u64>,
     pub kept_qkv_layers: Option<u64>,
     pub kept_gate_up_layers: Option<u64>,
+    pub mlp_tile_rows: Option<u64>,
+    pub loss_tile_rows: Option<u64>,
+    /// Element sizes other than the precision's own (an f64 reference run).
+    pub widths: Option<Widths>,
 }
 
 /// Where kept layer inputs live.
@@ -145,6 +149,13 @@ impl Refusal {
 impl From<Refusal> for Invalid {
     fn from(refusal: Refusal) -> Self {
         Self::with_code("sequence_too_long", "training.sequence_length", refusal.to_string())
+    }
+}
+
+impl Request<'_> {
+    /// Element sizes of the run.
+    pub fn widths(&self) -> Widths {
+        self.forced.widths.unwrap_or_else(|| self.precision.into())
     }
 }
 

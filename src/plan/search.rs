@@ -1,7 +1,7 @@
 //! The search: a few hundred candidates, each priced and laid out; the fastest that fits wins.
 
 use super::{
-    Choice, Forced, Place, Plan, Refusal, Request, Widths,
+    Choice, Forced, Place, Plan, Refusal, Request,
     cost::{disk_bytes, step_seconds},
     layout::{Layout, lay_out},
     segments, workspace,
@@ -105,13 +105,13 @@ fn bare_choices(request: &Request) -> Vec<Choice> {
 /// The choice with nothing kept beyond layer inputs.
 fn bare_choice(request: &Request, chunk: u64, slots: u64, place: Place) -> Option<Choice> {
     let model = request.model;
-    let widths = Widths::from(request.precision);
+    let widths = request.widths();
     let segment_starts = segments::starts(model.n_layers, slots)?;
     let rows = (LOGITS_TILE_BYTES / (model.vocab_size * widths.storage)).clamp(16, request.tokens.max(16));
     Some(Choice {
         chunk_tokens: chunk,
-        mlp_tile_rows: MLP_TILE_ROWS.min(chunk),
-        loss_tile_rows: rows.min(request.tokens),
+        mlp_tile_rows: request.forced.mlp_tile_rows.unwrap_or(MLP_TILE_ROWS).min(chunk),
+        loss_tile_rows: request.forced.loss_tile_rows.unwrap_or(rows).min(request.tokens),
         checkpoint_slots: segments::slots_needed(&segment_starts, model.n_layers),
         segment_starts,
         checkpoint_place: place,
@@ -179,7 +179,7 @@ fn with_extras(request: &Request, mut choice: Choice) -> Plan {
 
 /// A choice with its layout, peak and time.
 fn priced(request: &Request, choice: Choice) -> Plan {
-    let widths = Widths::from(request.precision);
+    let widths = request.widths();
     let layout: Layout = lay_out(request.model, widths, request.tokens, &choice);
     Plan {
         device: request.machine.device,

@@ -1,4 +1,10 @@
 //! Every test that is not beside a proof script: one binary, modules by subject.
+#![expect(clippy::unwrap_used, reason = "a test that unwraps nothing has failed, and says where")]
+#![expect(unreachable_pub, reason = "modules of a test binary share through pub")]
 
 mod floors;
+mod optim;
+mod parity;
+mod plan;
 mod source;
+mod support;

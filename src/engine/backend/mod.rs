@@ -101,12 +101,14 @@ pub trait Backend: Sized {
     /// Peak bytes of the device (host memory for `Cpu`) by the operating system's or the driver's count, less what was in
     /// use before `reserve`.
     fn peak_bytes(&self) -> u64;
+    /// Bytes of the device arena that the system has had to back with memory: what of the plan was really used.
+    fn touched_bytes(&self) -> u64;
     /// Bytes of workspace that the attention calls need for a query chunk of `c` tokens against `kv` keys.
     fn attention_workspace(&self, heads: Heads, c: u64, kv: u64) -> u64;
 
     // ---- elementwise and reductions -----------------------------------------------------------------------------
 
-    /// `x = value`, any dtype but I32/U16.
+    /// `x = value`, any dtype.
     fn fill(&mut self, x: Tensor, value: f64) -> Result;
     /// `to = from`, converting between storage and wide (rounding to nearest even).
     fn cast(&mut self, to: Tensor, from: Tensor) -> Result;

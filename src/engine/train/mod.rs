@@ -1,6 +1,7 @@
 //! The step loop: data, forward, backward, update, checkpoint; the engine's door.
 
 pub mod bind;
+pub mod order;
 pub mod session;
 
 use crate::domain::{

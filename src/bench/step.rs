@@ -1,0 +1,222 @@
+//! `longhaul bench step`: optimizer steps on random weights and tokens, one JSON line each.
+//!
+//! The same planner, session and kernels as a job; only weights, tokens and the absence of files differ.
+
+use std::{io::Write, path::Path, time::Instant};
+
+use serde_json::json;
+
+use super::shapes;
+use crate::{
+    domain::{Invalid, Machine, ModelConfig, machine::DeviceKind, training::Precision},
+    engine::{
+        Result,
+        backend::{AdamW, Backend, cpu::Cpu},
+        meter,
+        model::Batch,
+        train::session::Session,
+    },
+    plan::{self, Forced, Plan},
+};
+
+/// Flags of `longhaul bench step`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// Shape of the model: tiny, 10m, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b
+    #[arg(long, default_value = "tiny")]
+    pub shape: String,
+    /// Layers, instead of the shape's own number
+    #[arg(long)]
+    pub layers: Option<u64>,
+    /// Tokens of the one sequence of a step
+    #[arg(long, default_value_t = 2048)]
+    pub tokens: u64,
+    /// cpu or cuda
+    #[arg(long, default_value = "cpu")]
+    pub device: String,
+    /// GPUs that share the sequence
+    #[arg(long, default_value_t = 1)]
+    pub gpus: u32,
+    /// Steps, the first being a warm-up
+    #[arg(long, default_value_t = 3)]
+    pub steps: u64,
+    /// f32 or bf16
+    #[arg(long, default_value = "f32")]
+    pub precision: String,
+    /// Threads of the CPU backend; all cores by default
+    #[arg(long)]
+    pub threads: Option<usize>,
+    /// Bytes of memory the plan may use; what the host has by default
+    #[arg(long)]
+    pub memory: Option<u64>,
+    /// Tokens of a chunk, instead of the planner's choice
+    #[arg(long)]
+    pub chunk: Option<u64>,
+    /// Layer inputs kept at once, instead of the planner's choice
+    #[arg(long)]
+    pub slots: Option<u64>,
+    /// Layers whose attention output, q/k/v, gate and up are all kept, instead of the planner's choice
+    #[arg(long)]
+    pub kept_layers: Option<u64>,
+}
+
+/// Runs the steps on `machine` and writes a line each to `out`.
+pub fn run(args: &Args, machine: &Machine, out: &mut impl Write) -> Result {
+    let config = shape(args)?;
+    let precision = match args.precision.as_str() {
+        "f32" => Precision::F32,
+        "bf16" => Precision::Bf16,
+        other => return Err(Invalid::new("--precision", format!("precision is f32 or bf16, not {other}")).into()),
+    };
+    match args.device.as_str() {
+        "cpu" => {}
+        "cuda" => {
+            return Err(Invalid::new("--device", "training on CUDA is not there yet: use --device cpu").into());
+        }
+        other => return Err(Invalid::new("--device", format!("device is cpu or cuda, not {other}")).into()),
+    }
+    if args.gpus != 1 {
+        return Err(Invalid::new("--gpus", "more than one rank is not there yet: use --gpus 1").into());
+    }
+    let mut machine = machine.clone();
+    machine.device_bytes = args.memory.unwrap_or(machine.device_bytes);
+    let forced = Forced {
+        chunk_tokens: args.chunk,
+        checkpoint_slots: args.slots,
+        kept_attention_layers: args.kept_layers,
+        kept_qkv_layers: args.kept_layers,
+        kept_gate_up_layers: args.kept_layers,
+        ..Forced::default()
+    };
+    let request = plan::Request { model: &config, precision, tokens: args.tokens, machine: &machine, forced };
+    let plan = plan::plan(&request).map_err(Invalid::from)?;
+    let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
+    match precision {
+        Precision::F32 => steps(Cpu::<f32>::new(threads)?, args, &config, &plan, &machine, out),
+        Precision::Bf16 => steps(Cpu::<half::bf16>::new(threads)?, args, &config, &plan, &machine, out),
+    }
+}
+
+fn shape(args: &Args) -> Result<ModelConfig> {
+    let mut config = shapes::named(&args.shape).ok_or_else(|| {
+        Invalid::new("--shape", format!("no shape is called {}: take one of {}", args.shape, shapes::NAMES.join(", ")))
+    })?;
+    config.n_layers = args.layers.unwrap_or(config.n_layers);
+    for (flag, value) in [("--layers", config.n_layers), ("--steps", args.steps)] {
+        if value == 0 || value > 10_000 {
+            return Err(Invalid::new(flag, format!("{flag} must be between 1 and 10000, not {value}")).into());
+        }
+    }
+    if args.tokens < 2 {
+        return Err(Invalid::new("--tokens", "a sequence has 2 tokens or more").into());
+    }
+    Ok(config)
+}
+
+fn steps<B: Backend>(
+    backend: B,
+    args: &Args,
+    config: &ModelConfig,
+    plan: &Plan,
+    machine: &Machine,
+    out: &mut impl Write,
+) -> Result {
+    let mut session = Session::new(backend, plan, config, &std::env::temp_dir())?;
+    random_weights(&mut session)?;
+    let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    for step in 1..=args.steps {
+        let ids: Vec<i32> = (0..args.tokens).map(|_| (random.next() % config.vocab_size) as i32).collect();
+        let mut labels = ids[1..].to_vec();
+        labels.push(-100);
+        let positions: Vec<i32> = (0..args.tokens as i32).collect();
+        let documents = [0..args.tokens];
+        let batch = Batch { ids: &ids, labels: &labels, positions: &positions, documents: &documents };
+        let hyper = AdamW {
+            learning_rate: 1e-4,
+            beta1: 0.9,
+            beta2: 0.95,
+            epsilon: 1e-8,
+            weight_decay: 0.1,
+            step,
+            seed: 0,
+            first_index: 0,
+        };
+        let start = Instant::now();
+        let totals = session.step(&[batch], &hyper, 1.0)?;
+        let seconds = start.elapsed().as_secs_f64();
+        let peak = meter::peak_flops(DeviceKind::Cpu, &machine.device_name);
+        let speed = meter::speed(config, &[args.tokens], seconds, peak);
+        let line = json!({
+            "step": step, "shape": args.shape, "layers": config.n_layers, "tokens": args.tokens, "device": "cpu",
+            "loss": totals.mean_loss(), "grad_norm": totals.grad_norm,
+            "seconds": seconds, "predicted_seconds": plan.step_seconds,
+            "tokens_per_second": speed.tokens_per_second,
+            "model_gflops_per_second": speed.model_flops / 1e9, "causal_mfu": speed.causal_mfu,
+            "predicted_peak_bytes": plan.predicted_peak_bytes, "real_peak_bytes": session.backend.peak_bytes(),
+            "arena_bytes": plan.layout.bytes, "arena_high_water_bytes": session.backend.touched_bytes(),
+            "placements": placements(plan),
+        });
+        let written = writeln!(out, "{line}").and_then(|()| out.flush());
+        written.map_err(crate::engine::Error::file(Path::new("standard output")))?;
+    }
+    Ok(())
+}
+
+/// What the plan chose, for the reader of a line.
+fn placements(plan: &Plan) -> serde_json::Value {
+    let choice = &plan.choice;
+    json!({
+        "chunk_tokens": choice.chunk_tokens, "mlp_tile_rows": choice.mlp_tile_rows,
+        "loss_tile_rows": choice.loss_tile_rows, "segment_starts": choice.segment_starts,
+        "checkpoints": choice.checkpoint_place, "checkpoint_slots": choice.checkpoint_slots,
+        "kept_attention_layers": choice.kept_attention_layers, "kept_qkv_layers": choice.kept_qkv_layers,
+        "kept_gate_up_layers": choice.kept_gate_up_layers,
+    })
+}
+
+/// xorshift64* (Vigna 2016): enough for noise.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 >> 12;
+        self.0 ^= self.0 << 25;
+        self.0 ^= self.0 >> 27;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
+    }
+
+    /// Uniform with standard deviation 0.02.
+    fn weight(&mut self) -> f32 {
+        let unit = (self.next() % (1 << 24)) as f32 / (1 << 23) as f32 - 1.0;
+        unit * 0.02 * 3f32.sqrt()
+    }
+}
+
+/// Norm gains 1, everything else noise, uploaded in pieces.
+fn random_weights<B: Backend>(session: &mut Session<B>) -> Result {
+    use crate::engine::backend::DType;
+    const PIECE_ROWS: u64 = 64;
+    let mut random = Random(1);
+    for parameter in session.weights() {
+        if parameter.shape.len() == 1 {
+            session.backend.fill(parameter.tensor, 1.0)?;
+            continue;
+        }
+        let tensor = parameter.tensor;
+        for start in (0..tensor.rows).step_by(PIECE_ROWS as usize) {
+            let piece = tensor.rows(start, tensor.rows.min(start + PIECE_ROWS));
+            let values = (0..piece.elements()).map(|_| random.weight());
+            let bytes: Vec<u8> = match tensor.dtype {
+                DType::Bf16 => values.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect(),
+                DType::F64 => values.flat_map(|v| f64::from(v).to_le_bytes()).collect(),
+                _ => values.flat_map(f32::to_le_bytes).collect(),
+            };
+            session.backend.upload(piece, &bytes)?;
+        }
+    }
+    // The master's low halves begin at zero: the weights are exactly what was uploaded.
+    if let Some(low) = session.states().low {
+        session.backend.upload(low, &vec![0; low.bytes() as usize])?;
+    }
+    Ok(())
+}

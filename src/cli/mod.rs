@@ -1,0 +1,3 @@
+//! Subcommands that neither serve nor train: they read, compute and print.
+
+pub mod plan;

@@ -1,0 +1,104 @@
+//! `longhaul plan`: what this machine would do about a model and a sequence length, before anything is started.
+
+use std::io::{self, Write};
+
+use serde_json::json;
+
+use crate::{
+    bench::shapes,
+    domain::{Invalid, Machine, ModelConfig, training::Precision},
+    plan::{self, Forced, Place, Plan, Request},
+};
+
+/// Flags of `longhaul plan`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// Folder of a model in Hugging Face layout
+    #[arg(long, conflicts_with = "shape", required_unless_present = "shape")]
+    pub model: Option<std::path::PathBuf>,
+    /// A known shape instead of a folder: tiny, 10m, llama-3.2-1b, llama-3.2-3b, llama-3.1-8b
+    #[arg(long)]
+    pub shape: Option<String>,
+    /// Tokens of one sequence; the longest that fits by default
+    #[arg(long)]
+    pub sequence_length: Option<u64>,
+    /// f32 or bf16
+    #[arg(long, default_value = "f32")]
+    pub precision: String,
+    /// Bytes of memory to plan with; what the host has by default
+    #[arg(long)]
+    pub memory: Option<u64>,
+    /// Print the plan as JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Plans for `machine` and prints the result. `read_config` loads a model folder's config.
+pub fn run(
+    args: &Args,
+    machine: &Machine,
+    read_config: impl FnOnce(&std::path::Path) -> Result<ModelConfig, Invalid>,
+    out: &mut impl Write,
+) -> Result<(), Invalid> {
+    let model = match (&args.model, &args.shape) {
+        (Some(folder), _) => read_config(folder)?,
+        (None, Some(name)) => shapes::named(name).ok_or_else(|| {
+            Invalid::new("--shape", format!("no shape is called {name}: take one of {}", shapes::NAMES.join(", ")))
+        })?,
+        (None, None) => return Err(Invalid::new("--model", "give --model FOLDER or --shape NAME")),
+    };
+    let precision = match args.precision.as_str() {
+        "f32" => Precision::F32,
+        "bf16" => Precision::Bf16,
+        other => return Err(Invalid::new("--precision", format!("precision is f32 or bf16, not {other}"))),
+    };
+    let mut machine = machine.clone();
+    machine.device_bytes = args.memory.unwrap_or(machine.device_bytes);
+    let mut request = Request { model: &model, precision, tokens: 128, machine: &machine, forced: Forced::default() };
+    let longest = plan::longest(&request);
+    request.tokens = args.sequence_length.unwrap_or(longest.max(128));
+    let plan = plan::plan(&request)?;
+    let printed = if args.json {
+        writeln!(out, "{}", json!({ "longest_tokens": longest, "machine": machine, "plan": plan }))
+    } else {
+        print(out, &plan, &model, &machine, longest)
+    };
+    printed.map_err(|error| Invalid::new("standard output", error.to_string()))
+}
+
+fn print(out: &mut impl Write, plan: &Plan, model: &ModelConfig, machine: &Machine, longest: u64) -> io::Result<()> {
+    let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
+    let choice = &plan.choice;
+    writeln!(out, "model      {} parameters, {} layers", model.n_params(), model.n_layers)?;
+    writeln!(out, "machine    {}, {:.2} GiB usable", machine.device_name, gib(machine.device_bytes))?;
+    writeln!(out, "sequence   {} tokens (longest that fits: {longest})", plan.tokens)?;
+    writeln!(out, "step       {:.3} s predicted ({} rates)", plan.step_seconds, machine.rates.source)?;
+    writeln!(
+        out,
+        "chunk      {} tokens, tiles of {} (feed-forward) and {} rows (loss)",
+        choice.chunk_tokens, choice.mlp_tile_rows, choice.loss_tile_rows
+    )?;
+    let place = match choice.checkpoint_place {
+        Place::Device => "in memory",
+        Place::Disk => "on disk",
+    };
+    writeln!(
+        out,
+        "inputs     {} held at once, {place}; segments start at layers {:?}",
+        choice.checkpoint_slots, choice.segment_starts
+    )?;
+    writeln!(
+        out,
+        "kept       attention of {} layers, q/k/v of {}, gate and up of {}",
+        choice.kept_attention_layers, choice.kept_qkv_layers, choice.kept_gate_up_layers
+    )?;
+    writeln!(out, "\n{:<14}{:>16}{:>10}", "memory", "bytes", "GiB")?;
+    for (category, bytes) in &plan.ledger {
+        writeln!(out, "{:<14}{bytes:>16}{:>10.3}", format!("{category:?}").to_lowercase(), gib(*bytes))?;
+    }
+    writeln!(out, "{:<14}{:>16}{:>10.3}", "peak", plan.predicted_peak_bytes, gib(plan.predicted_peak_bytes))?;
+    if plan.disk_bytes > 0 {
+        writeln!(out, "{:<14}{:>16}{:>10.3}", "disk", plan.disk_bytes, gib(plan.disk_bytes))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,227 @@
+//! One job's steps on one backend: weights in, steps, evaluations, checkpoints out.
+
+use std::{collections::BTreeMap, path::Path, time::Instant};
+
+use super::{
+    Observer, Outcome,
+    order::Order,
+    saved,
+    session::{Session, Totals},
+};
+use crate::{
+    domain::{
+        ModelConfig, RunSpec, TrainingSpec,
+        progress::{Evaluation, StepMetrics},
+        training,
+    },
+    engine::{
+        Error, Result,
+        backend::{AdamW, Backend},
+        data::{Dataset, Sequence},
+        model::Batch,
+        optim::schedule::{Schedule, Shape},
+    },
+    plan::Plan,
+};
+
+/// Data of a run, read and counted.
+pub struct Data {
+    pub training: Dataset,
+    pub validation: Option<Dataset>,
+    pub order: Order,
+}
+
+/// What a run has come to; written with every checkpoint, read back on resume.
+#[derive(Debug, Clone, Copy, PartialEq, Default, serde::Serialize, serde::Deserialize)]
+pub struct Progress {
+    /// Optimizer steps done.
+    pub step: u64,
+    /// Tokens trained on, without padding.
+    pub tokens_seen: u64,
+    /// Last measured losses, for the checkpoint's metrics.
+    pub train_loss: Option<f64>,
+    pub valid_loss: Option<f64>,
+}
+
+struct Job<'a, B> {
+    run: &'a RunSpec,
+    session: Session<B>,
+    data: &'a Data,
+    schedule: Schedule,
+    progress: Progress,
+    seconds: f64,
+    steps_timed: u64,
+}
+
+/// Trains the run to its end on this backend, or until the observer wants it to stop.
+pub fn train<B: Backend>(
+    backend: B,
+    run: &RunSpec,
+    config: &ModelConfig,
+    plan: &Plan,
+    data: &Data,
+    observer: &mut dyn Observer,
+) -> Result<Outcome> {
+    let mut session = Session::new(backend, plan, config, &run.work_dir.join("spill"))?;
+    let progress = match &run.resume_from {
+        Some(folder) => saved::resume(&mut session, folder)?,
+        None => {
+            saved::load_base(&mut session, &run.model)?;
+            Progress::default()
+        }
+    };
+    let schedule = schedule(&run.training, data.order.total_steps);
+    let mut job = Job { run, session, data, schedule, progress, seconds: 0.0, steps_timed: 0 };
+    job.steps(observer)
+}
+
+fn schedule(spec: &TrainingSpec, total_steps: u64) -> Schedule {
+    let shape = match spec.schedule {
+        training::Schedule::Constant => Shape::Constant,
+        training::Schedule::Linear => Shape::Linear,
+        training::Schedule::Cosine => Shape::Cosine,
+    };
+    Schedule {
+        shape,
+        peak: spec.learning_rate,
+        warmup_steps: spec.warmup_steps,
+        total_steps,
+        min_ratio: spec.min_lr_ratio,
+    }
+}
+
+impl<B: Backend> Job<'_, B> {
+    fn steps(&mut self, observer: &mut dyn Observer) -> Result<Outcome> {
+        let total = self.data.order.total_steps;
+        if self.progress.step == 0 {
+            self.evaluate(observer)?;
+        }
+        // Whether the state in memory is already in a checkpoint folder.
+        let mut written = self.run.resume_from.is_some();
+        while self.progress.step < total {
+            if let Some(stop) = observer.stop_wanted() {
+                if stop.checkpoint && !written && self.progress.step > 0 {
+                    self.checkpoint(observer, false)?;
+                }
+                return Ok(Outcome::Stopped { step: self.progress.step });
+            }
+            self.step(observer)?;
+            written = false;
+            let step = self.progress.step;
+            let due = |interval: Option<u64>| interval.is_some_and(|n| step.is_multiple_of(n));
+            if due(self.run.training.evaluation_interval) || step == total {
+                self.evaluate(observer)?;
+            }
+            if due(self.run.training.checkpoint_interval) && step < total {
+                self.checkpoint(observer, false)?;
+                written = true;
+            }
+        }
+        self.checkpoint(observer, true)?;
+        Ok(Outcome::Finished { trained_tokens: self.progress.tokens_seen })
+    }
+
+    fn step(&mut self, observer: &mut dyn Observer) -> Result {
+        let start = Instant::now();
+        let step = self.progress.step + 1;
+        let places = self.data.order.of_step(step);
+        let sequences = places.map(|(epoch, i)| self.data.training.sequence(epoch, i)).collect::<Result<Vec<_>>>()?;
+        let batches: Vec<Batch> = sequences.iter().map(batch).collect();
+        let spec = &self.run.training;
+        let hyper = AdamW {
+            learning_rate: self.schedule.rate(step),
+            beta1: spec.beta1,
+            beta2: spec.beta2,
+            epsilon: spec.epsilon,
+            weight_decay: spec.weight_decay,
+            step,
+            seed: spec.seed,
+            first_index: 0,
+        };
+        let totals = self.session.step(&batches, &hyper, spec.max_grad_norm)?;
+        for (what, value) in [("loss", totals.mean_loss()), ("gradient norm", totals.grad_norm)] {
+            if !value.is_finite() {
+                return Err(Error::NotFinite { what, value, step });
+            }
+        }
+        let tokens: u64 = sequences.iter().map(|s| s.n_tokens).sum();
+        self.progress.step = step;
+        self.progress.tokens_seen += tokens;
+        self.progress.train_loss = Some(totals.mean_loss());
+        let seconds = start.elapsed().as_secs_f64();
+        self.seconds += seconds;
+        self.steps_timed += 1;
+        observer.step(&self.metrics(&totals, tokens, seconds));
+        Ok(())
+    }
+
+    fn metrics(&self, totals: &Totals, tokens: u64, seconds: f64) -> StepMetrics {
+        let (step, total_steps) = (self.progress.step, self.data.order.total_steps);
+        StepMetrics {
+            step,
+            total_steps,
+            train_loss: totals.mean_loss(),
+            train_mean_token_accuracy: totals.accuracy(),
+            learning_rate: self.schedule.rate(step),
+            grad_norm: totals.grad_norm,
+            seconds,
+            tokens_per_second: tokens as f64 / seconds,
+            valid_labels: totals.valid_labels,
+            tokens_seen: self.progress.tokens_seen,
+            device_peak_bytes: self.session.backend.peak_bytes(),
+            estimated_seconds_left: self.seconds / self.steps_timed as f64 * (total_steps - step) as f64,
+        }
+    }
+
+    /// Loss over every validation sequence, one at a time.
+    fn evaluate(&mut self, observer: &mut dyn Observer) -> Result {
+        let Some(validation) = &self.data.validation else { return Ok(()) };
+        let mut totals = Totals::default();
+        for i in 0..validation.sequences_per_epoch() {
+            let sequence = validation.sequence(0, i)?;
+            let one = self.session.evaluate([batch(&sequence)])?;
+            totals.loss += one.loss;
+            totals.correct += one.correct;
+            totals.valid_labels += one.valid_labels;
+        }
+        self.progress.valid_loss = Some(totals.mean_loss());
+        observer.evaluation(&Evaluation {
+            step: self.progress.step,
+            valid_loss: totals.mean_loss(),
+            valid_mean_token_accuracy: totals.accuracy(),
+            valid_labels: totals.valid_labels,
+        });
+        Ok(())
+    }
+
+    fn checkpoint(&mut self, observer: &mut dyn Observer, last: bool) -> Result {
+        let folder = self.run.work_dir.join("checkpoints");
+        let mut metrics = BTreeMap::from([("step".to_owned(), self.progress.step as f64)]);
+        metrics.extend(self.progress.train_loss.map(|loss| ("train_loss".to_owned(), loss)));
+        metrics.extend(self.progress.valid_loss.map(|loss| ("valid_loss".to_owned(), loss)));
+        let mut checkpoint = saved::write(&mut self.session, self.progress, &self.run.model, &folder)?;
+        checkpoint.last = last;
+        checkpoint.metrics = metrics;
+        checkpoint.trained_tokens = self.progress.tokens_seen;
+        observer.checkpoint(&checkpoint);
+        Ok(())
+    }
+}
+
+fn batch(sequence: &Sequence) -> Batch<'_> {
+    Batch {
+        ids: &sequence.ids,
+        labels: &sequence.labels,
+        positions: &sequence.positions,
+        documents: &sequence.documents,
+    }
+}
+
+/// Folder of a run's spill file and checkpoints must be there before the first step, or the run fails hours in.
+pub fn prepare(work_dir: &Path) -> Result {
+    for folder in ["checkpoints", "spill", "tokens"] {
+        let path = work_dir.join(folder);
+        std::fs::create_dir_all(&path).map_err(Error::file(&path))?;
+    }
+    Ok(())
+}

@@ -1,0 +1,59 @@
+//! Any segment starts, any place, any kept tensors == every input in memory and nothing else kept, bit for bit.
+
+use longhaul::plan::{Forced, Place, segments};
+
+use super::{assert_same_bits, documents, plain, run};
+use crate::support::model::config;
+
+#[test]
+fn any_segment_starts_and_places_are_all_inputs_kept() {
+    let config = config(false);
+    let tokens = documents(&config);
+    let n = tokens.ids.len() as u64;
+    let base = Forced { chunk_tokens: Some(16), ..plain(n, &config) };
+    let all = run(&config, base, &[tokens.batch()]);
+    for slots in segments::fewest_slots(config.n_layers)..=config.n_layers {
+        for place in [Place::Device, Place::Disk] {
+            let forced = Forced { checkpoint_slots: Some(slots), place: Some(place), ..base };
+            assert_same_bits(&run(&config, forced, &[tokens.batch()]), &all, &format!("{slots} slots, {place:?}"));
+        }
+    }
+}
+
+#[test]
+fn any_kept_tensors_are_none_kept() {
+    let config = config(true);
+    let tokens = documents(&config);
+    let n = tokens.ids.len() as u64;
+    for slots in [2, config.n_layers] {
+        let base = Forced { chunk_tokens: Some(16), checkpoint_slots: Some(slots), ..plain(n, &config) };
+        let none = run(&config, base, &[tokens.batch()]);
+        for (attention, qkv, gate_up) in
+            [(5, 0, 0), (0, 5, 0), (0, 0, 5), (5, 5, 5), (2, 3, 1), (3, 1, 4), (1, 0, 5), (4, 5, 0)]
+        {
+            let forced = Forced {
+                kept_attention_layers: Some(attention),
+                kept_qkv_layers: Some(qkv),
+                kept_gate_up_layers: Some(gate_up),
+                ..base
+            };
+            let what = format!("{slots} slots, kept {attention} {qkv} {gate_up}");
+            assert_same_bits(&run(&config, forced, &[tokens.batch()]), &none, &what);
+        }
+    }
+}
+
+#[test]
+fn segments_never_hold_more_than_their_slots() {
+    for n_layers in 1..=130 {
+        let fewest = segments::fewest_slots(n_layers);
+        assert!(segments::starts(n_layers, fewest - 1).is_none());
+        for slots in fewest..=n_layers {
+            let starts = segments::starts(n_layers, slots).expect("enough slots");
+            assert_eq!(starts.len() as u64, slots.min(n_layers));
+            assert!(starts[0] == 0 && starts.is_sorted_by(|a, b| a < b) && *starts.last().unwrap() < n_layers);
+            assert!(segments::slots_needed(&starts, n_layers) <= slots, "{n_layers} layers, {slots} slots: {starts:?}");
+        }
+    }
+    assert_eq!(segments::fewest_slots(32), 7);
+}
