@@ -1,1 +1,170 @@
-//! HTTP by noun: one file holds router, types and handlers.
+//! HTTP by noun: one file holds types and handlers; all routes stand in the table below.
+//!
+//! Out of it come the running service and its contract, `openapi.yaml`, from the same lines. Knows the store, the planner
+//! and the domain; of executors only what they write into Postgres.
+
+use std::{sync::Arc, time::Duration};
+
+use axum::{
+    Router,
+    extract::DefaultBodyLimit,
+    middleware::{from_fn, from_fn_with_state},
+};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+use tower_http::catch_panic::CatchPanicLayer;
+use utoipa::OpenApi;
+use utoipa_axum::{router::OpenApiRouter, routes};
+
+use crate::store::{Store, files::ORPHAN_AGE};
+
+pub mod checkpoints;
+mod download;
+mod error;
+pub mod events;
+mod extract;
+pub mod files;
+mod fit;
+pub mod health;
+mod job_object;
+pub mod jobs;
+mod layers;
+pub mod models;
+mod tar;
+mod upload;
+
+pub use error::{ApiError, ErrorEnvelope};
+
+/// Largest JSON body.
+pub const MAX_JSON_BODY: usize = 1 << 20;
+/// Longest that a handler may take which is not a transfer.
+const TIME_LIMIT: Duration = Duration::from_secs(30);
+/// How long transfers may go on after the server was asked to stop.
+const DRAIN: Duration = Duration::from_secs(30);
+/// Pause between sweeps of expired files and abandoned uploads.
+const SWEEP_PAUSE: Duration = Duration::from_mins(10);
+
+/// What an operator may set.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// Largest uploaded file.
+    pub max_upload_bytes: u64,
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { max_upload_bytes: 64 << 30 }
+    }
+}
+
+/// What every handler works with. Cheap to clone.
+#[derive(Debug, Clone)]
+pub struct Api {
+    store: Store,
+    settings: Arc<Settings>,
+    stop: CancellationToken,
+}
+
+/// Serves until `stop` is cancelled, then lets requests under way finish, but no longer than half a minute.
+pub async fn serve(
+    listener: TcpListener,
+    store: Store,
+    settings: Settings,
+    stop: CancellationToken,
+) -> std::io::Result<()> {
+    let sweeper = tokio::spawn(sweep(store.clone(), stop.clone()));
+    let app = router(store, settings, stop.clone());
+    let stopped = stop.clone();
+    let serving = axum::serve(listener, app).with_graceful_shutdown(async move { stopped.cancelled().await });
+    let too_late = async {
+        stop.cancelled().await;
+        tokio::time::sleep(DRAIN).await;
+    };
+    let ended = tokio::select! {
+        ended = serving => ended,
+        () = too_late => Ok(()),
+    };
+    stop.cancel();
+    // The sweep ends by itself at the latest after one statement.
+    let _ = sweeper.await;
+    ended
+}
+
+/// The service, ready to be called.
+pub fn router(store: Store, settings: Settings, stop: CancellationToken) -> Router {
+    let (router, _) = table().split_for_parts();
+    router
+        .fallback(layers::no_route)
+        .method_not_allowed_fallback(layers::no_method)
+        .layer(CatchPanicLayer::custom(layers::panicked))
+        .layer(from_fn(layers::identify))
+        .with_state(Api { store, settings: Arc::new(settings), stop })
+}
+
+/// The contract, as YAML.
+///
+/// # Panics
+/// Never: the document is made of strings and numbers.
+pub fn openapi_yaml() -> String {
+    table().into_openapi().to_yaml().expect("a document of strings and numbers is YAML")
+}
+
+/// Every route.
+fn table() -> OpenApiRouter<Api> {
+    let small = OpenApiRouter::new()
+        .routes(routes!(files::list_files))
+        .routes(routes!(files::retrieve_file, files::delete_file))
+        .routes(routes!(jobs::create_job, jobs::list_jobs))
+        .routes(routes!(jobs::retrieve_job))
+        .routes(routes!(jobs::cancel_job))
+        .routes(routes!(events::list_events))
+        .routes(routes!(checkpoints::list_checkpoints))
+        .routes(routes!(checkpoints::list_checkpoint_files))
+        .routes(routes!(models::list_models))
+        .routes(routes!(models::retrieve_model))
+        .routes(routes!(health::healthz))
+        .routes(routes!(health::readyz))
+        .layer(DefaultBodyLimit::max(MAX_JSON_BODY))
+        .layer(from_fn_with_state(TIME_LIMIT, layers::time_limit));
+    // Transfers take as long as they take; upload.rs and the client's own patience bound them.
+    let transfers = OpenApiRouter::new()
+        .routes(routes!(files::create_file))
+        .routes(routes!(files::file_content))
+        .routes(routes!(checkpoints::checkpoint_file))
+        .routes(routes!(checkpoints::checkpoint_archive))
+        .layer(DefaultBodyLimit::disable());
+    OpenApiRouter::with_openapi(Contract::openapi()).merge(small).merge(transfers)
+}
+
+/// Head of the contract; paths and shapes come from the table.
+#[derive(OpenApi)]
+#[openapi(
+    info(
+        title = "Longhaul",
+        description = "Fine-tunes language models on documents of millions of tokens, and hands the weights back. \
+                       The OpenAI fine-tuning API, with extensions under `training`, `progress` and the downloads.",
+        license(name = "Apache-2.0", identifier = "Apache-2.0")
+    ),
+    tags(
+        (name = "files", description = "Training and validation documents."),
+        (name = "fine-tuning", description = "Jobs, their events and their checkpoints."),
+        (name = "downloads", description = "The weights."),
+        (name = "models", description = "What can be tuned, and what was."),
+        (name = "service", description = "For load balancers.")
+    )
+)]
+struct Contract;
+
+async fn sweep(store: Store, stop: CancellationToken) {
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => return,
+            () = tokio::time::sleep(SWEEP_PAUSE) => {}
+        }
+        match store.sweep_files(ORPHAN_AGE).await {
+            Ok(0) => {}
+            Ok(gone) => tracing::info!(gone, "expired files and abandoned uploads deleted"),
+            Err(error) => tracing::warn!(%error, "the sweep of files failed; it is tried again"),
+        }
+    }
+}

@@ -3,9 +3,12 @@
 //! Pure types and checks. Nothing here opens a file, a socket or a database, and nothing of ours is imported.
 
 pub mod event;
+pub mod fields;
+pub mod hyperparameters;
 pub mod ids;
 pub mod invalid;
 pub mod job;
+pub mod job_request;
 pub mod machine;
 pub mod model;
 pub mod progress;
@@ -16,6 +19,7 @@ pub use event::{Event, Level};
 pub use ids::{CheckpointId, EventId, ExecutorId, FileId, JobId};
 pub use invalid::Invalid;
 pub use job::JobStatus;
+pub use job_request::JobRequest;
 pub use machine::Machine;
 pub use model::{BaseModel, ModelConfig};
 pub use run::RunSpec;

@@ -69,8 +69,13 @@ impl Store {
         Ok(BlobWriter { id, filling, bytes: 0, sha256: Sha256::new(), queue, keep, spool })
     }
 
+    /// Deletes a finished blob of which no file will be made.
+    pub async fn discard(&self, blob: SpooledBlob) -> Result<(), Error> {
+        self.discard_blob(&blob.id).await
+    }
+
     /// Deletes a blob and its rows, in batches. No file may hold it any more.
-    pub async fn discard_blob(&self, id: &str) -> Result<(), Error> {
+    pub(super) async fn discard_blob(&self, id: &str) -> Result<(), Error> {
         let last = sqlx::query_scalar!("SELECT max(seq) FROM blob_chunks WHERE blob_id = $1", id)
             .fetch_one(&self.pool)
             .await?

@@ -1,0 +1,103 @@
+//! Models: the base models that live hosts have, and the results of jobs.
+
+use std::collections::BTreeMap;
+
+use axum::{Json, extract::State};
+use serde::Serialize;
+use utoipa::ToSchema;
+
+use super::{Api, ApiError, ErrorEnvelope, extract::Segments};
+use crate::store::checkpoints::Checkpoint;
+
+/// Most fine-tuned models of the list, newest first; OpenAI's shape has no pages here.
+const MAX_FINE_TUNED: u32 = 10_000;
+/// Owner of everything on a server of one's own.
+const OWNER: &str = "longhaul";
+
+/// A model.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ModelObject {
+    /// A base model's name, or `ft:<base>:<org>:<suffix>:<id>`.
+    id: String,
+    /// Always `model`.
+    object: &'static str,
+    /// Unix seconds: when the model was made, or for a base model since when a host has shown it.
+    created: i64,
+    owned_by: &'static str,
+    /// Of a fine-tuned model: the job that made it, whose checkpoints can be downloaded (an extension).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fine_tuning_job_id: Option<String>,
+    /// Of a fine-tuned model: the checkpoint that it is (an extension).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    checkpoint_id: Option<String>,
+    /// Of a base model that cannot be trained: why (an extension).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    problem: Option<String>,
+}
+
+/// All models.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ModelList {
+    /// Always `list`.
+    object: &'static str,
+    data: Vec<ModelObject>,
+}
+
+/// Lists the base models that a live host has, by name, and then fine-tuned models, newest first.
+#[utoipa::path(get, path = "/v1/models", tag = "models", responses((status = 200, body = ModelList)))]
+pub async fn list_models(State(api): State<Api>) -> Result<Json<ModelList>, ApiError> {
+    let mut data = base_models(&api).await?;
+    let fine_tuned = api.store.fine_tuned_models(MAX_FINE_TUNED).await?;
+    data.extend(fine_tuned.into_iter().map(ModelObject::from));
+    Ok(Json(ModelList { object: "list", data }))
+}
+
+/// Retrieves a model by its name, percent-encoded where it holds slashes.
+#[utoipa::path(get, path = "/v1/models/{model}", tag = "models", params(("model" = String, Path)),
+    responses((status = 200, body = ModelObject), (status = 404, body = ErrorEnvelope)))]
+pub async fn retrieve_model(
+    State(api): State<Api>,
+    Segments(name): Segments<String>,
+) -> Result<Json<ModelObject>, ApiError> {
+    let base = base_models(&api).await?.into_iter().find(|model| model.id == name);
+    if let Some(model) = base {
+        return Ok(Json(model));
+    }
+    // The database holds no zero byte in text, and so no such name.
+    let found = if name.contains('\0') { None } else { api.store.checkpoint_of_model(&name).await? };
+    found.map(|checkpoint| Json(checkpoint.into())).ok_or_else(|| ApiError::not_found("model", &name))
+}
+
+async fn base_models(api: &Api) -> Result<Vec<ModelObject>, ApiError> {
+    let mut models = BTreeMap::new();
+    for host in api.store.live_hosts().await? {
+        for base in host.models {
+            let model = ModelObject {
+                id: base.name.clone(),
+                object: "model",
+                created: host.started_at,
+                owned_by: OWNER,
+                fine_tuning_job_id: None,
+                checkpoint_id: None,
+                problem: base.problem.filter(|_| base.config.is_none()),
+            };
+            let known = models.entry(base.name).or_insert_with(|| model);
+            known.created = known.created.min(host.started_at);
+        }
+    }
+    Ok(models.into_values().collect())
+}
+
+impl From<Checkpoint> for ModelObject {
+    fn from(checkpoint: Checkpoint) -> Self {
+        Self {
+            id: checkpoint.model_name,
+            object: "model",
+            created: checkpoint.created_at,
+            owned_by: OWNER,
+            fine_tuning_job_id: Some(checkpoint.job.to_string()),
+            checkpoint_id: Some(checkpoint.id.to_string()),
+            problem: None,
+        }
+    }
+}
