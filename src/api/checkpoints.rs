@@ -35,6 +35,7 @@ pub struct CheckpointObject {
     /// Optimizer steps done.
     step_number: u64,
     /// `step`, `train_loss`, `train_mean_token_accuracy`, `full_valid_loss`, ... as far as they were measured.
+    #[schema(value_type = BTreeMap<String, f64>)]
     metrics: BTreeMap<String, serde_json::Number>,
 }
 

@@ -128,7 +128,7 @@ fn parse_range(value: &str, bytes: u64) -> Wanted {
     }
 }
 
-#[derive(PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Number {
     None,
     Of(u64),

@@ -198,7 +198,7 @@ fn chain(error: &dyn std::error::Error) -> String {
 }
 
 /// What a client sent, cut to a length fit for a message.
-pub(super) fn excerpt(text: &str) -> String {
+pub fn excerpt(text: &str) -> String {
     const LONGEST: usize = 100;
     let mut cut: String = text.chars().take(LONGEST).map(|c| if c.is_control() { '\u{fffd}' } else { c }).collect();
     if text.chars().nth(LONGEST).is_some() {

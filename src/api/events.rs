@@ -54,11 +54,7 @@ pub struct EventList {
         ("after" = Option<String>, Query, description = "Id of the last event already seen."),
         ("limit" = Option<u32>, Query, minimum = 1, maximum = 1000, description = "Most events of the page; 20 if absent.")),
     responses((status = 200, body = EventList), (status = 400, body = ErrorEnvelope), (status = 404, body = ErrorEnvelope)))]
-pub async fn list_events(
-    State(api): State<Api>,
-    Id(id): Id<JobId>,
-    pairs: Pairs,
-) -> Result<Json<EventList>, ApiError> {
+pub async fn list_events(State(api): State<Api>, Id(id): Id<JobId>, pairs: Pairs) -> Result<Json<EventList>, ApiError> {
     let page = pairs.page::<EventId>(DEFAULT_PAGE, MAX_PAGE)?;
     if api.store.job(&id).await?.is_none() {
         return Err(ApiError::not_found("fine-tuning job", id.as_str()));

@@ -4,9 +4,7 @@
 //! names the longest that would. Documents are not measured here: an executor does that while it validates the files.
 
 use crate::{
-    domain::{
-        BaseModel, Event, Invalid, JobRequest, Level, Machine, ModelConfig, TrainingSpec, machine::DeviceKind,
-    },
+    domain::{BaseModel, Event, Invalid, JobRequest, Level, Machine, ModelConfig, TrainingSpec, machine::DeviceKind},
     plan,
     store::{Store, hosts::Host},
 };
@@ -37,8 +35,10 @@ pub async fn ask_live_hosts(store: &Store, asked: &JobRequest) -> Result<Vec<Eve
 
 fn fits_somewhere(hosts: &[Host], model: &str, training: &TrainingSpec) -> Result<Vec<Event>, Invalid> {
     let candidates = machines_with(hosts, model)?;
-    let usable: Vec<_> =
-        candidates.iter().filter(|(machine, _)| training.device.is_none_or(|device| machine.device == device)).collect();
+    let usable: Vec<_> = candidates
+        .iter()
+        .filter(|(machine, _)| training.device.is_none_or(|device| machine.device == device))
+        .collect();
     if usable.is_empty() {
         return Err(no_device(training.device));
     }
@@ -84,7 +84,8 @@ fn machines_with<'a>(hosts: &'a [Host], model: &str) -> Result<Vec<(&'a Machine,
 }
 
 fn unknown_model(hosts: &[Host], model: &str) -> Invalid {
-    let mut names: Vec<&str> = hosts.iter().flat_map(|host| &host.models).map(|BaseModel { name, .. }| &**name).collect();
+    let mut names: Vec<&str> =
+        hosts.iter().flat_map(|host| &host.models).map(|BaseModel { name, .. }| &**name).collect();
     names.sort_unstable();
     names.dedup();
     let known = match names.len() {

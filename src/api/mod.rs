@@ -19,19 +19,19 @@ use utoipa_axum::{router::OpenApiRouter, routes};
 use crate::store::{Store, files::ORPHAN_AGE};
 
 pub mod checkpoints;
-mod download;
-mod error;
+pub mod download;
+pub mod error;
 pub mod events;
-mod extract;
+pub mod extract;
 pub mod files;
-mod fit;
+pub mod fit;
 pub mod health;
-mod job_object;
+pub mod job_object;
 pub mod jobs;
-mod layers;
+pub mod layers;
 pub mod models;
-mod tar;
-mod upload;
+pub mod tar;
+pub mod upload;
 
 pub use error::{ApiError, ErrorEnvelope};
 

@@ -76,7 +76,11 @@ pub fn check_format(filename: &str, param: &str) -> Result<(), Invalid> {
     Err(Invalid::with_code("unsupported_format", param, message))
 }
 
-async fn read_form(store: &Store, settings: &Settings, form: &mut Multipart) -> Result<(SpooledBlob, NewFile), ApiError> {
+async fn read_form(
+    store: &Store,
+    settings: &Settings,
+    form: &mut Multipart,
+) -> Result<(SpooledBlob, NewFile), ApiError> {
     let mut seen = Form::default();
     let read = read_fields(store, settings, form, &mut seen).await;
     let complete = read.and_then(|()| new_file(&seen));
@@ -92,9 +96,15 @@ async fn read_form(store: &Store, settings: &Settings, form: &mut Multipart) -> 
     }
 }
 
-async fn read_fields(store: &Store, settings: &Settings, form: &mut Multipart, seen: &mut Form) -> Result<(), ApiError> {
+async fn read_fields(
+    store: &Store,
+    settings: &Settings,
+    form: &mut Multipart,
+    seen: &mut Form,
+) -> Result<(), ApiError> {
     for _ in 0..MAX_FIELDS {
-        let Some(field) = timeout(STALL, form.next_field()).await.map_err(|_| ApiError::stalled())?.map_err(unread)? else {
+        let Some(field) = timeout(STALL, form.next_field()).await.map_err(|_| ApiError::stalled())?.map_err(unread)?
+        else {
             return Ok(());
         };
         let name = field.name().unwrap_or_default().to_owned();
@@ -151,8 +161,10 @@ fn life(seen: &Form) -> Result<Option<Duration>, ApiError> {
         Ok(seconds) if LIFE_SECONDS.contains(&seconds) => Ok(Some(Duration::from_secs(seconds))),
         _ => {
             let (low, high) = (LIFE_SECONDS.start(), LIFE_SECONDS.end());
-            let message =
-                format!("expires_after[seconds] must be a whole number between {low} and {high}, not {}", excerpt(text));
+            let message = format!(
+                "expires_after[seconds] must be a whole number between {low} and {high}, not {}",
+                excerpt(text)
+            );
             Err(Invalid::new("expires_after[seconds]", message).into())
         }
     }
@@ -163,7 +175,9 @@ async fn spool(store: &Store, settings: &Settings, mut field: Field<'_>) -> Resu
     let mut blob = store.begin_blob().await?;
     while let Some(bytes) = timeout(STALL, field.chunk()).await.map_err(|_| ApiError::stalled())?.map_err(unread)? {
         if blob.bytes() + bytes.len() as u64 > settings.max_upload_bytes {
-            return Err(ApiError::too_large("the file", settings.max_upload_bytes, "max_upload_bytes").with_param("file"));
+            return Err(
+                ApiError::too_large("the file", settings.max_upload_bytes, "max_upload_bytes").with_param("file")
+            );
         }
         blob.write(bytes).await?;
     }

@@ -15,6 +15,7 @@ pub mod blobs;
 pub mod checkpoints;
 pub mod events;
 pub mod files;
+pub mod hosts;
 pub mod jobs;
 mod page;
 pub mod weights;
