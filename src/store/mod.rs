@@ -18,6 +18,7 @@ pub mod files;
 pub mod hosts;
 pub mod jobs;
 mod page;
+pub mod private;
 pub mod weights;
 
 pub use page::{Listed, Order, Page};

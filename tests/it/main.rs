@@ -6,5 +6,6 @@ mod floors;
 mod optim;
 mod parity;
 mod plan;
+mod private_postgres;
 mod source;
 mod support;
