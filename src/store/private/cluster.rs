@@ -48,8 +48,8 @@ const SETTINGS: [&str; 16] = [
 ];
 /// Commits are on disk when they are acknowledged.
 const DURABLE: [&str; 3] = ["fsync=on", "synchronous_commit=on", "full_page_writes=on"];
-/// For tests.
-const VOLATILE: [&str; 3] = ["fsync=off", "synchronous_commit=off", "full_page_writes=off"];
+/// For tests: survives a killed Postgres, not a killed machine.
+const VOLATILE: [&str; 3] = ["fsync=off", "synchronous_commit=on", "full_page_writes=off"];
 
 /// A cluster and, where this process started it, its server process.
 #[derive(Debug)]

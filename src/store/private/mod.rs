@@ -61,7 +61,7 @@ pub struct Settings {
 pub enum Durability {
     /// It is on disk. The only choice for real data.
     Durable,
-    /// Nothing, for tests: no fsync anywhere.
+    /// It survives the death of Postgres, not of the machine: no fsync anywhere. For tests.
     Volatile,
 }
 

@@ -93,3 +93,14 @@ impl Database {
         PgConnection::connect(&self.url).await.unwrap()
     }
 }
+
+#[tokio::test]
+async fn each_test_has_a_database_of_its_own() {
+    let (first, second) = (database().await, database().await);
+    let statement = "INSERT INTO hosts (executor_id, hostname, version, machines) VALUES ('e', 'h', 'v', '[]')";
+    first.connection().await.execute(statement).await.unwrap();
+    second.connection().await.execute(statement).await.unwrap();
+    let store = first.store(&Sandbox::new("own")).await;
+    store.ping().await.unwrap();
+    store.close().await;
+}
