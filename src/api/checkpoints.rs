@@ -144,7 +144,7 @@ pub async fn checkpoint_file(
     let download = Download {
         bytes: file.bytes,
         tag: file.sha256,
-        content_type: if file.path.ends_with(".json") { "application/json" } else { "application/octet-stream" },
+        content_type: "application/octet-stream",
         filename: file.path.rsplit('/').next().unwrap_or_default().to_owned(),
     };
     let open = async |range| {

@@ -146,7 +146,7 @@ impl<S: Send + Sync> FromRequest<S> for JsonBody {
     type Rejection = ApiError;
 
     async fn from_request(request: Request, state: &S) -> Result<Self, ApiError> {
-        let bytes = Bytes::from_request(request, state).await.map_err(unread)?;
+        let bytes = Bytes::from_request(request, state).await.map_err(|rejection| unread(&rejection))?;
         let value = serde_json::from_slice(&bytes).map_err(|error| {
             let message = format!("the body is not JSON that can be read: {error}");
             ApiError::bad_request("invalid_json", message).with_param("body")
@@ -155,7 +155,7 @@ impl<S: Send + Sync> FromRequest<S> for JsonBody {
     }
 }
 
-fn unread(rejection: BytesRejection) -> ApiError {
+fn unread(rejection: &BytesRejection) -> ApiError {
     let status = rejection.status();
     if status == StatusCode::PAYLOAD_TOO_LARGE {
         return ApiError::too_large("the body", super::MAX_JSON_BODY as u64, "MAX_JSON_BODY").with_param("body");

@@ -13,7 +13,7 @@ use super::{
     upload,
 };
 use crate::{
-    domain::{Invalid, JobId, JobRequest, hyperparameters::MAX_SEED, ids::random_suffix, job_request::FileRef},
+    domain::{Invalid, JobId, JobRequest, hex, hyperparameters::MAX_SEED, ids::random_suffix, job_request::FileRef},
     store::jobs::{Attempt, Cancellation, Created, MetadataFilter, NewJob},
 };
 
@@ -119,9 +119,8 @@ fn attempt(headers: &HeaderMap, body: &JsonBody) -> Result<Attempt, ApiError> {
         }
     };
     let retries = text("x-stainless-retry-count").and_then(Result::ok).and_then(|count| count.parse::<u32>().ok());
-    let digest: [u8; 32] = Sha256::digest(&body.bytes).into();
     Ok(Attempt {
-        body_sha256: digest.iter().map(|byte| format!("{byte:02x}")).collect(),
+        body_sha256: hex(&Sha256::digest(&body.bytes)),
         idempotency_key: key,
         is_retry: retries.is_some_and(|count| count > 0),
     })

@@ -62,6 +62,7 @@ pub async fn time_limit(State(limit): State<Duration>, request: Request, next: N
 }
 
 /// A panic in a handler is our fault and one request's end, not the server's.
+#[expect(clippy::needless_pass_by_value, reason = "the signature that the layer calls")]
 pub fn panicked(panic: Box<dyn Any + Send>) -> Response {
     let cause = panic
         .downcast_ref::<String>()

@@ -109,6 +109,14 @@ pub fn openapi_yaml() -> String {
     table().into_openapi().to_yaml().expect("a document of strings and numbers is YAML")
 }
 
+/// The contract, as JSON.
+///
+/// # Panics
+/// Never: see [`openapi_yaml`].
+pub fn openapi_json() -> String {
+    table().into_openapi().to_json().expect("a document of strings and numbers is JSON")
+}
+
 /// Every route.
 fn table() -> OpenApiRouter<Api> {
     let small = OpenApiRouter::new()

@@ -10,7 +10,7 @@ use futures_util::{StreamExt, TryStreamExt, stream};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    domain::{CheckpointId, progress::WrittenFile},
+    domain::{CheckpointId, hex, progress::WrittenFile},
     store::{Error, Weights, weights::ByteStream},
 };
 
@@ -66,7 +66,7 @@ impl Archive {
         }
         pieces.push(Piece::Plain(zeros(END)));
         let bytes = pieces.iter().map(Piece::len).sum();
-        let tag = digest.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        let tag = hex(&digest.finalize());
         Self { pieces, bytes, tag }
     }
 

@@ -22,7 +22,7 @@ use crate::{
 };
 
 /// Longest silence in the middle of a body.
-const STALL: Duration = Duration::from_secs(60);
+const STALL: Duration = Duration::from_mins(1);
 /// Longest upload. Shorter than the age at which the sweep takes an unfinished blob for abandoned.
 const DEADLINE: Duration = Duration::from_hours(12);
 /// Longest value of a field that is not the file.
@@ -103,7 +103,10 @@ async fn read_fields(
     seen: &mut Form,
 ) -> Result<(), ApiError> {
     for _ in 0..MAX_FIELDS {
-        let Some(field) = timeout(STALL, form.next_field()).await.map_err(|_| ApiError::stalled())?.map_err(unread)?
+        let Some(field) = timeout(STALL, form.next_field())
+            .await
+            .map_err(|_| ApiError::stalled())?
+            .map_err(|error| unread(&error))?
         else {
             return Ok(());
         };
@@ -173,7 +176,9 @@ fn life(seen: &Form) -> Result<Option<Duration>, ApiError> {
 /// Streams the file's bytes into the store.
 async fn spool(store: &Store, settings: &Settings, mut field: Field<'_>) -> Result<SpooledBlob, ApiError> {
     let mut blob = store.begin_blob().await?;
-    while let Some(bytes) = timeout(STALL, field.chunk()).await.map_err(|_| ApiError::stalled())?.map_err(unread)? {
+    while let Some(bytes) =
+        timeout(STALL, field.chunk()).await.map_err(|_| ApiError::stalled())?.map_err(|error| unread(&error))?
+    {
         if blob.bytes() + bytes.len() as u64 > settings.max_upload_bytes {
             return Err(
                 ApiError::too_large("the file", settings.max_upload_bytes, "max_upload_bytes").with_param("file")
@@ -197,7 +202,9 @@ fn filename(field: &Field<'_>) -> Result<String, ApiError> {
 
 async fn text(mut field: Field<'_>, name: &str) -> Result<String, ApiError> {
     let mut value = Vec::new();
-    while let Some(bytes) = timeout(STALL, field.chunk()).await.map_err(|_| ApiError::stalled())?.map_err(unread)? {
+    while let Some(bytes) =
+        timeout(STALL, field.chunk()).await.map_err(|_| ApiError::stalled())?.map_err(|error| unread(&error))?
+    {
         if value.len() + bytes.len() > MAX_FIELD {
             return Err(Invalid::new(name, format!("{name} must be at most {MAX_FIELD} bytes long")).into());
         }
@@ -227,7 +234,7 @@ fn missing(name: &str, what: &str) -> ApiError {
     Invalid::with_code("missing_required_parameter", name, format!("you must provide {name}: {what}")).into()
 }
 
-fn unread(error: MultipartError) -> ApiError {
+fn unread(error: &MultipartError) -> ApiError {
     let message = format!("the form cannot be read: {}", error.body_text());
     ApiError::bad_request("invalid_multipart", message).with_param("body")
 }

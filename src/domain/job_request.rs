@@ -25,7 +25,7 @@ pub const REQUEST_FIELDS: [&str; 10] = [
     "training",
 ];
 /// Lists under `training`, for data in more than one file.
-const MORE_FILES: [&str; 2] = ["additional_training_files", "additional_validation_files"];
+pub const MORE_FILES: [&str; 2] = ["additional_training_files", "additional_validation_files"];
 /// Most files in one of the lists.
 pub const MAX_ADDITIONAL_FILES: usize = 1000;
 const MAX_MODEL_NAME: usize = 256;

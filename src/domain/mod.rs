@@ -4,6 +4,7 @@
 
 pub mod event;
 pub mod fields;
+pub mod hex;
 pub mod hyperparameters;
 pub mod ids;
 pub mod invalid;
@@ -16,6 +17,7 @@ pub mod run;
 pub mod training;
 
 pub use event::{Event, Level};
+pub use hex::hex;
 pub use ids::{CheckpointId, EventId, ExecutorId, FileId, JobId};
 pub use invalid::Invalid;
 pub use job::JobStatus;

@@ -18,7 +18,7 @@ use tokio::{
 };
 
 use super::{Error, Store, weights::ByteStream};
-use crate::domain::ids::random_suffix;
+use crate::domain::{hex, ids::random_suffix};
 
 /// Bytes of every row but a blob's last.
 pub const CHUNK: usize = 1 << 20;
@@ -124,7 +124,7 @@ impl Store {
             out.write_all(&block).await?;
         }
         out.flush().await?;
-        if super::hex(&sha256.finalize()) == blob.sha256 {
+        if hex(&sha256.finalize()) == blob.sha256 {
             return Ok(());
         }
         Err(Error::Corrupt(format!("the rows of {} do not have the digest recorded for them", blob.id)))
@@ -214,7 +214,7 @@ impl BlobWriter {
         let _ = self.keep.send(());
         drop(self.queue);
         joined(self.spool.await)?;
-        Ok(SpooledBlob { id: self.id, bytes: self.bytes, sha256: super::hex(&self.sha256.finalize()) })
+        Ok(SpooledBlob { id: self.id, bytes: self.bytes, sha256: hex(&self.sha256.finalize()) })
     }
 
     async fn push(&mut self, next_capacity: usize) -> Result<(), Error> {

@@ -8,7 +8,7 @@ use super::{Error, Store};
 use crate::domain::{BaseModel, ExecutorId, Machine};
 
 /// A host not seen for this long counts as gone; executors publish several times within it.
-pub const HOST_LIFE: Duration = Duration::from_secs(60);
+pub const HOST_LIFE: Duration = Duration::from_mins(1);
 
 /// One executor and its host. Times are Unix seconds.
 #[derive(Debug, Clone, PartialEq)]

@@ -156,15 +156,6 @@ fn stored_id<T: std::str::FromStr>(id: &str) -> Result<T, Error> {
     id.parse().map_err(|_| Error::Corrupt(format!("{id} is not an id of its kind")))
 }
 
-/// Bytes as lower-case hex.
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut out, byte| {
-        let _ = write!(out, "{byte:02x}");
-        out
-    })
-}
-
 /// SQLSTATE classes of a server that is going away or has no room: 08 connection, 53 resources, 57P shutdown.
 fn is_outage(code: &str) -> bool {
     code.starts_with("08") || code.starts_with("53") || code.starts_with("57P")

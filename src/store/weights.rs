@@ -18,7 +18,7 @@ use tokio::{
 use tokio_util::io::ReaderStream;
 
 use super::Error;
-use crate::domain::{CheckpointId, progress::WrittenFile};
+use crate::domain::{CheckpointId, hex, progress::WrittenFile};
 
 /// Bytes read at a time, in and out.
 const BLOCK: usize = 512 << 10;
@@ -146,7 +146,7 @@ impl Seen {
     }
 
     fn expect(self, file: &WrittenFile) -> Result<(), Error> {
-        let digest = super::hex(&self.sha256.finalize());
+        let digest = hex(&self.sha256.finalize());
         if self.bytes == file.bytes && digest == file.sha256 {
             return Ok(());
         }

@@ -3,6 +3,8 @@
 #![expect(unreachable_pub, reason = "modules of a test binary share through pub")]
 
 mod floors;
+mod job_request;
+mod openapi;
 mod optim;
 mod parity;
 mod plan;
