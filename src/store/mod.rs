@@ -19,6 +19,8 @@ pub mod hosts;
 pub mod jobs;
 mod page;
 pub mod private;
+pub mod queue;
+pub mod retention;
 pub mod weights;
 
 pub use page::{Listed, Order, Page};

@@ -3,7 +3,7 @@
 //! Keys are `checkpoints/<checkpoint id>/<path>`. Whole files go in and are checked against their digest on the way;
 //! ranges stream out. Knows nothing of rows: a file is downloadable only when `checkpoints.rs` has recorded it.
 
-use std::{ops::Range, path::Path, sync::Arc};
+use std::{ops::Range, path::Path, sync::Arc, time::SystemTime};
 
 use bytes::Bytes;
 use futures_util::{StreamExt, TryStreamExt, stream::BoxStream};
@@ -116,19 +116,43 @@ impl Weights {
 
     /// Removes every file of a checkpoint; removing what is not there is no error.
     pub async fn delete(&self, checkpoint: &CheckpointId) -> Result<(), Error> {
+        let found = self.objects(checkpoint).await?;
+        self.delete_objects(found.into_iter().map(|(path, _)| path).collect()).await
+    }
+
+    /// Checkpoints that have anything here.
+    pub(super) async fn checkpoints(&self) -> Result<Vec<CheckpointId>, Error> {
+        let listed = self.objects.list_with_delimiter(Some(&object_store::path::Path::from("checkpoints"))).await?;
+        let folders = listed.common_prefixes.iter();
+        // What else lies there is not ours to touch.
+        Ok(folders.filter_map(|path| path.filename()?.parse().ok()).collect())
+    }
+
+    /// Every object of a checkpoint, with the time of its last change.
+    pub(super) async fn objects(
+        &self,
+        checkpoint: &CheckpointId,
+    ) -> Result<Vec<(object_store::path::Path, SystemTime)>, Error> {
         let prefix = object_store::path::Path::from_iter(["checkpoints", checkpoint.as_str()]);
-        let found = self.objects.list(Some(&prefix)).map_ok(|meta| meta.location).boxed();
-        self.objects
-            .delete_stream(found)
-            .try_for_each(|_| async { Ok(()) })
-            .await
-            .or_else(|error| if matches!(error, object_store::Error::NotFound { .. }) { Ok(()) } else { Err(error) })?;
+        let found = self.objects.list(Some(&prefix));
+        Ok(found.map_ok(|meta| (meta.location, meta.last_modified.into())).try_collect().await?)
+    }
+
+    /// Removes objects; removing what is not there is no error.
+    pub(super) async fn delete_objects(&self, paths: Vec<object_store::path::Path>) -> Result<(), Error> {
+        let mut done = self.objects.delete_stream(futures_util::stream::iter(paths).map(Ok).boxed());
+        while let Some(gone) = done.next().await {
+            match gone {
+                Ok(_) | Err(object_store::Error::NotFound { .. }) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
         Ok(())
     }
 }
 
 /// Each `/`-separated part is escaped where it holds anything special, so `..` stays inside the folder.
-fn key(checkpoint: &CheckpointId, path: &str) -> object_store::path::Path {
+pub(super) fn key(checkpoint: &CheckpointId, path: &str) -> object_store::path::Path {
     ["checkpoints", checkpoint.as_str()].into_iter().chain(path.split('/')).collect()
 }
 

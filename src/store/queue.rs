@@ -1,0 +1,305 @@
+//! Who holds a job: claim, renew, settle, reap.
+//!
+//! A claim is one short statement that hands out a lease with an epoch. Whatever the holder changes afterwards carries that
+//! epoch and changes nothing once it is stale; every method says so with `false` or `None`. Time is the database's. Two
+//! kinds of work are claimed: reading the data of a job that is `validating_files` (its status stays), and training one
+//! that is `queued` (it becomes `running`).
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use sqlx::{postgres::PgListener, types::Json};
+
+use super::{Error, Store};
+use crate::domain::{ExecutorId, FileId, Invalid, JobId, TrainingSpec};
+
+/// A job whose model no live host has is left alone this long, since its host may be restarting. Then anybody fails it.
+const MODEL_PATIENCE: Duration = Duration::from_mins(5);
+/// Pause before the second attempt; doubled for each further one.
+const FIRST_BACK_OFF: Duration = Duration::from_secs(2);
+/// Longest pause between two attempts.
+const LONGEST_BACK_OFF: Duration = Duration::from_mins(5);
+/// Leases reaped by one statement.
+const REAP_BATCH: i64 = 100;
+/// Name of the channel that the jobs table notifies.
+const CHANNEL: &str = "jobs";
+
+/// What a holder does with a job.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Work {
+    /// Read, count and check the files of a job that is `validating_files`.
+    Inspect,
+    /// Train a job that was `queued`.
+    Train,
+}
+
+/// What a job's holder was asked to do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    Cancel,
+    Pause,
+}
+
+/// Who claims, and what it can do.
+#[derive(Debug, Clone, Copy)]
+pub struct Claimant<'a> {
+    pub executor: &'a ExecutorId,
+    /// How long the lease lasts unless renewed.
+    pub lease: Duration,
+    /// Base models of this host.
+    pub models: &'a [String],
+    /// Devices of this host, as `training.device` names them.
+    pub devices: &'a [String],
+}
+
+/// A job, held.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Claim {
+    pub job: JobId,
+    pub work: Work,
+    /// The fencing token: every write of the holder carries it.
+    pub epoch: i64,
+    /// Claims since the last new checkpoint, this one counted.
+    pub attempts: i32,
+    pub model: String,
+    pub training_files: Vec<FileId>,
+    pub validation_files: Vec<FileId>,
+    pub training: TrainingSpec,
+}
+
+/// How a holder lets go of a job.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Settlement {
+    /// The data can be trained on: the job queues.
+    Validated,
+    /// The last checkpoint is recorded.
+    Succeeded { trained_tokens: Option<u64> },
+    /// It cannot be done, and trying again would not help.
+    Failed { error: Invalid },
+    /// This attempt failed, another may not. The most attempts without progress, and what the customer is told after them.
+    Retry { most_attempts: i32, error: Invalid },
+    /// Stopped as asked, or because the executor stops: the attempt does not count. A wish is granted here.
+    Released,
+}
+
+/// Hints that some job may have changed. A hint can be lost: whoever waits for one polls as well.
+#[derive(Debug)]
+pub struct Hints(PgListener);
+
+struct Row {
+    id: String,
+    epoch: i64,
+    attempts: i32,
+    model: String,
+    training_files: Vec<String>,
+    validation_files: Vec<String>,
+    training: Json<TrainingSpec>,
+}
+
+impl Store {
+    /// Takes the next job of this kind that the claimant can do, if there is one. Attempts count one more.
+    pub async fn claim_job(&self, work: Work, by: &Claimant<'_>) -> Result<Option<Claim>, Error> {
+        let row = sqlx::query_as!(
+            Row,
+            r#"WITH next AS (
+                SELECT id FROM jobs
+                WHERE status = CASE WHEN $1 THEN 'validating_files' ELSE 'queued' END::job_status
+                    AND lease_owner IS NULL AND run_after <= now()
+                    AND (training ->> 'device' IS NULL OR training ->> 'device' = ANY ($2))
+                    AND (model = ANY ($3) OR $1 AND created_at < now() - make_interval(secs => $4) AND NOT EXISTS (
+                        SELECT 1 FROM hosts WHERE seen_at > now() - make_interval(secs => $5)
+                            AND models @> jsonb_build_array(jsonb_build_object('name', jobs.model))))
+                ORDER BY priority DESC, seq LIMIT 1 FOR UPDATE SKIP LOCKED)
+               UPDATE jobs SET status = CASE WHEN $1 THEN status ELSE 'running' END, epoch = epoch + 1,
+                    attempts = attempts + 1, lease_owner = $6, lease_until = now() + make_interval(secs => $7),
+                    started_at = CASE WHEN $1 THEN started_at ELSE coalesce(started_at, now()) END
+               FROM next WHERE jobs.id = next.id
+               RETURNING jobs.id, epoch, attempts, model, training_files, validation_files,
+                    training AS "training: Json<TrainingSpec>""#,
+            work == Work::Inspect,
+            by.devices,
+            by.models,
+            MODEL_PATIENCE.as_secs_f64(),
+            super::hosts::HOST_LIFE.as_secs_f64(),
+            by.executor.as_str(),
+            by.lease.as_secs_f64(),
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        row.map(|row| row.claim(work)).transpose()
+    }
+
+    /// Prolongs a lease, counted from now. `None` when it is no longer this holder's; else the wish it should grant.
+    pub async fn renew_lease(&self, job: &JobId, epoch: i64, lease: Duration) -> Result<Option<Option<Wish>>, Error> {
+        let wanted = sqlx::query_scalar!(
+            "UPDATE jobs SET lease_until = now() + make_interval(secs => $3)
+             WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL RETURNING wanted",
+            job.as_str(),
+            epoch,
+            lease.as_secs_f64(),
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        Ok(wanted.map(|word| match word.as_deref() {
+            Some("cancel") => Some(Wish::Cancel),
+            Some("pause") => Some(Wish::Pause),
+            _ => None,
+        }))
+    }
+
+    /// Ends the holder's hold. False when the lease was no longer its own; then nothing changed.
+    pub async fn settle_job(&self, job: &JobId, epoch: i64, settlement: &Settlement) -> Result<bool, Error> {
+        match settlement {
+            Settlement::Validated => self.settle_validated(job, epoch).await,
+            Settlement::Succeeded { trained_tokens } => self.settle_succeeded(job, epoch, *trained_tokens).await,
+            Settlement::Failed { error } => self.settle_failed(job, epoch, &customer_error(error)).await,
+            Settlement::Retry { most_attempts, error } => self.settle_retry(job, epoch, *most_attempts, error).await,
+            Settlement::Released => self.settle_released(job, epoch).await,
+        }
+    }
+
+    /// Takes expired leases from their holders: the jobs wait again, or end as their holder was asked to end them, or fail
+    /// after so many attempts without a new checkpoint. Any number of callers may do this at once.
+    pub async fn reap_leases(&self, most_attempts: i32) -> Result<u64, Error> {
+        let message = "the job was interrupted this many times without reaching a new checkpoint: ";
+        let done = sqlx::query!(
+            "WITH expired AS (
+                SELECT id, CASE
+                    WHEN wanted = 'cancel' THEN 'cancelled'
+                    WHEN wanted = 'pause' THEN 'paused'
+                    WHEN attempts >= $1 THEN 'failed'
+                    WHEN status = 'running' THEN 'queued'
+                    ELSE status END::job_status AS next
+                FROM jobs WHERE lease_until < now() ORDER BY lease_until LIMIT $2 FOR UPDATE SKIP LOCKED)
+             UPDATE jobs SET status = next, epoch = epoch + 1, lease_owner = NULL, lease_until = NULL, wanted = NULL,
+                estimated_finish = NULL,
+                finished_at = CASE WHEN next IN ('cancelled', 'failed') THEN now() END,
+                error = CASE WHEN next = 'failed' THEN jsonb_build_object(
+                    'code', 'server_error', 'message', $3::text || attempts, 'param', NULL) END
+             FROM expired WHERE jobs.id = expired.id",
+            most_attempts,
+            REAP_BATCH,
+            message,
+        )
+        .execute(&self.pool)
+        .await?;
+        Ok(done.rows_affected())
+    }
+
+    /// Listens for hints on a connection of its own.
+    pub async fn job_hints(&self) -> Result<Hints, Error> {
+        let mut listener = PgListener::connect_with(&self.pool).await?;
+        listener.listen(CHANNEL).await?;
+        Ok(Hints(listener))
+    }
+
+    async fn settle_validated(&self, job: &JobId, epoch: i64) -> Result<bool, Error> {
+        let done = sqlx::query!(
+            "UPDATE jobs SET lease_owner = NULL, lease_until = NULL, wanted = NULL, attempts = 0,
+                status = CASE wanted WHEN 'cancel' THEN 'cancelled' WHEN 'pause' THEN 'paused' ELSE 'queued' END::job_status,
+                finished_at = CASE wanted WHEN 'cancel' THEN now() END
+             WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL AND status = 'validating_files'",
+            job.as_str(),
+            epoch,
+        );
+        Ok(done.execute(&self.pool).await?.rows_affected() == 1)
+    }
+
+    async fn settle_succeeded(&self, job: &JobId, epoch: i64, tokens: Option<u64>) -> Result<bool, Error> {
+        let done = sqlx::query!(
+            "UPDATE jobs SET lease_owner = NULL, lease_until = NULL, wanted = NULL, estimated_finish = NULL,
+                status = 'succeeded', finished_at = now(), trained_tokens = coalesce($3, trained_tokens),
+                fine_tuned_model = result.model_name
+             FROM (SELECT model_name FROM checkpoints WHERE job_id = $1 AND last) AS result
+             WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL AND status = 'running'",
+            job.as_str(),
+            epoch,
+            tokens.map(|tokens| tokens as i64),
+        );
+        Ok(done.execute(&self.pool).await?.rows_affected() == 1)
+    }
+
+    async fn settle_failed(&self, job: &JobId, epoch: i64, error: &Value) -> Result<bool, Error> {
+        let done = sqlx::query!(
+            "UPDATE jobs SET lease_owner = NULL, lease_until = NULL, wanted = NULL, estimated_finish = NULL,
+                status = 'failed', finished_at = now(), error = $3
+             WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL",
+            job.as_str(),
+            epoch,
+            error,
+        );
+        Ok(done.execute(&self.pool).await?.rows_affected() == 1)
+    }
+
+    async fn settle_retry(&self, job: &JobId, epoch: i64, most: i32, error: &Invalid) -> Result<bool, Error> {
+        let done = sqlx::query!(
+            "WITH held AS (
+                SELECT id, CASE
+                    WHEN wanted = 'cancel' THEN 'cancelled'
+                    WHEN wanted = 'pause' THEN 'paused'
+                    WHEN attempts >= $3 THEN 'failed'
+                    WHEN status = 'running' THEN 'queued'
+                    ELSE status END::job_status AS next
+                FROM jobs WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL FOR UPDATE)
+             UPDATE jobs SET status = next, lease_owner = NULL, lease_until = NULL, wanted = NULL, estimated_finish = NULL,
+                run_after = now() + make_interval(secs => least($5::float8, $6::float8 * 2 ^ least(attempts - 1, 30))),
+                finished_at = CASE WHEN next IN ('cancelled', 'failed') THEN now() END,
+                error = CASE WHEN next = 'failed' THEN $4::jsonb END
+             FROM held WHERE jobs.id = held.id",
+            job.as_str(),
+            epoch,
+            most,
+            customer_error(error),
+            LONGEST_BACK_OFF.as_secs_f64(),
+            FIRST_BACK_OFF.as_secs_f64(),
+        );
+        Ok(done.execute(&self.pool).await?.rows_affected() == 1)
+    }
+
+    async fn settle_released(&self, job: &JobId, epoch: i64) -> Result<bool, Error> {
+        let done = sqlx::query!(
+            "UPDATE jobs SET lease_owner = NULL, lease_until = NULL, wanted = NULL, estimated_finish = NULL,
+                attempts = greatest(attempts - 1, 0),
+                status = CASE
+                    WHEN wanted = 'cancel' THEN 'cancelled'
+                    WHEN wanted = 'pause' THEN 'paused'
+                    WHEN status = 'running' THEN 'queued'
+                    ELSE status END::job_status,
+                finished_at = CASE wanted WHEN 'cancel' THEN now() END
+             WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL",
+            job.as_str(),
+            epoch,
+        );
+        Ok(done.execute(&self.pool).await?.rows_affected() == 1)
+    }
+}
+
+impl Hints {
+    /// Waits for a hint, or for the loss of some: both mean that it is time to look.
+    pub async fn next(&mut self) -> Result<(), Error> {
+        self.0.try_recv().await?;
+        Ok(())
+    }
+}
+
+impl Row {
+    fn claim(self, work: Work) -> Result<Claim, Error> {
+        let files = |ids: Vec<String>| ids.iter().map(|id| super::stored_id(id)).collect::<Result<Vec<FileId>, _>>();
+        Ok(Claim {
+            job: super::stored_id(&self.id)?,
+            work,
+            epoch: self.epoch,
+            attempts: self.attempts,
+            model: self.model,
+            training_files: files(self.training_files)?,
+            validation_files: files(self.validation_files)?,
+            training: self.training.0,
+        })
+    }
+}
+
+/// `error` of a failed job, as the API shows it.
+fn customer_error(error: &Invalid) -> Value {
+    let param = Some(&error.param).filter(|param| !param.is_empty());
+    json!({ "code": error.code, "message": error.message, "param": param })
+}
