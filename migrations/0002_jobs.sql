@@ -66,7 +66,7 @@ BEGIN
     IF NEW.epoch < OLD.epoch THEN
         RAISE EXCEPTION 'job %: epoch may not fall', OLD.id USING ERRCODE = 'check_violation', CONSTRAINT = 'jobs_epoch';
     END IF;
-    IF NEW.status <> OLD.status AND NOT EXISTS (SELECT 1 FROM job_edges WHERE old = OLD.status AND new = NEW.status) THEN
+    IF NEW.status <> OLD.status AND NOT EXISTS (SELECT 1 FROM job_edges e WHERE e.old = OLD.status AND e.new = NEW.status) THEN
         RAISE EXCEPTION 'job %: % may not become %', OLD.id, OLD.status, NEW.status
             USING ERRCODE = 'check_violation', CONSTRAINT = 'jobs_edge';
     END IF;
