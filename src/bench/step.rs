@@ -60,8 +60,8 @@ pub struct Args {
     pub kept_layers: Option<u64>,
 }
 
-/// Runs the steps on `machine` and writes a line each to `out`.
-pub fn run(args: &Args, machine: &Machine, out: &mut impl Write) -> Result {
+/// Runs the steps on `machine` and writes a line each to `out`. A plan that spills does so under `scratch`.
+pub fn run(args: &Args, machine: &Machine, scratch: &Path, out: &mut impl Write) -> Result {
     let config = shape(args)?;
     let precision = match args.precision.as_str() {
         "f32" => Precision::F32,
@@ -92,8 +92,8 @@ pub fn run(args: &Args, machine: &Machine, out: &mut impl Write) -> Result {
     let plan = plan::plan(&request).map_err(Invalid::from)?;
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
     match precision {
-        Precision::F32 => steps(Cpu::<f32>::new(threads)?, args, &config, &plan, &machine, out),
-        Precision::Bf16 => steps(Cpu::<half::bf16>::new(threads)?, args, &config, &plan, &machine, out),
+        Precision::F32 => steps(Cpu::<f32>::new(threads)?, args, &config, (&plan, &machine, scratch), out),
+        Precision::Bf16 => steps(Cpu::<half::bf16>::new(threads)?, args, &config, (&plan, &machine, scratch), out),
     }
 }
 
@@ -117,11 +117,10 @@ fn steps<B: Backend>(
     backend: B,
     args: &Args,
     config: &ModelConfig,
-    plan: &Plan,
-    machine: &Machine,
+    (plan, machine, scratch): (&Plan, &Machine, &Path),
     out: &mut impl Write,
 ) -> Result {
-    let mut session = Session::new(backend, plan, config, &std::env::temp_dir())?;
+    let mut session = Session::new(backend, plan, config, scratch)?;
     random_weights(&mut session)?;
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     for step in 1..=args.steps {

@@ -12,6 +12,7 @@ pub mod job;
 pub mod job_request;
 pub mod machine;
 pub mod model;
+pub mod model_config;
 pub mod progress;
 pub mod run;
 pub mod training;

@@ -59,7 +59,7 @@ pub struct StepMetrics {
 }
 
 /// A complete checkpoint folder on the executor's disk.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 pub struct WrittenCheckpoint {
     pub step: u64,
     /// Folder name under the run's `work_dir/checkpoints/`.

@@ -8,6 +8,7 @@ pub mod backend;
 pub mod checkpoint;
 pub mod data;
 pub mod error;
+pub mod file_map;
 pub mod layers;
 pub mod meter;
 pub mod model;

@@ -25,7 +25,7 @@ use crate::{
 };
 
 /// Data of a run, read and counted.
-pub struct Data {
+pub(super) struct Data {
     pub training: Dataset,
     pub validation: Option<Dataset>,
     pub order: Order,
@@ -54,7 +54,7 @@ struct Job<'a, B> {
 }
 
 /// Trains the run to its end on this backend, or until the observer wants it to stop.
-pub fn train<B: Backend>(
+pub(super) fn train<B: Backend>(
     backend: B,
     run: &RunSpec,
     config: &ModelConfig,
@@ -125,7 +125,7 @@ impl<B: Backend> Job<'_, B> {
         let start = Instant::now();
         let step = self.progress.step + 1;
         let places = self.data.order.of_step(step);
-        let sequences = places.map(|(epoch, i)| self.data.training.sequence(epoch, i)).collect::<Result<Vec<_>>>()?;
+        let sequences: Vec<Sequence> = places.map(|(epoch, i)| self.data.training.sequence(epoch, i)).collect();
         let batches: Vec<Batch> = sequences.iter().map(batch).collect();
         let spec = &self.run.training;
         let hyper = AdamW {
@@ -178,7 +178,7 @@ impl<B: Backend> Job<'_, B> {
         let Some(validation) = &self.data.validation else { return Ok(()) };
         let mut totals = Totals::default();
         for i in 0..validation.sequences_per_epoch() {
-            let sequence = validation.sequence(0, i)?;
+            let sequence = validation.sequence(0, i);
             let one = self.session.evaluate([batch(&sequence)])?;
             totals.loss += one.loss;
             totals.correct += one.correct;
@@ -218,7 +218,7 @@ fn batch(sequence: &Sequence) -> Batch<'_> {
 }
 
 /// Folder of a run's spill file and checkpoints must be there before the first step, or the run fails hours in.
-pub fn prepare(work_dir: &Path) -> Result {
+pub(super) fn prepare(work_dir: &Path) -> Result {
     for folder in ["checkpoints", "spill", "tokens"] {
         let path = work_dir.join(folder);
         std::fs::create_dir_all(&path).map_err(Error::file(&path))?;

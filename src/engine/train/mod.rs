@@ -1,15 +1,20 @@
 //! The step loop: data, forward, backward, update, checkpoint; the engine's door.
 
 pub mod bind;
+mod job;
 pub mod order;
+mod prepare;
+pub mod saved;
 pub mod session;
 
-use crate::domain::{
-    Event, RunSpec,
-    progress::{DataSummary, Evaluation, StepMetrics, WrittenCheckpoint},
-};
+pub use job::Progress;
 
-use super::error::Result;
+use super::{backend::cpu::Cpu, checkpoint::huggingface, error::Result};
+use crate::domain::{
+    Event, ModelConfig, RunSpec,
+    progress::{DataSummary, Evaluation, StepMetrics, WrittenCheckpoint},
+    training::Precision,
+};
 
 /// Who listens to a run, and may ask it to stop.
 pub trait Observer {
@@ -41,6 +46,17 @@ pub enum Outcome {
 
 /// Trains one job on this machine, from its data files to its last checkpoint.
 pub fn train(run: &RunSpec, observer: &mut dyn Observer) -> Result<Outcome> {
-    let _ = (run, observer);
-    unimplemented!("lands with the model")
+    job::prepare(&run.work_dir)?;
+    let config = ModelConfig::from_config_text(&huggingface::config_text(&run.model)?)?;
+    let (data, plan) = prepare::data_and_plan(run, &config, observer)?;
+    observer.data(&prepare::summary(&data));
+    if run.inspect_only {
+        return Ok(Outcome::Finished { trained_tokens: 0 });
+    }
+    prepare::announce(&plan, &config, run, observer);
+    let threads = std::thread::available_parallelism().map_or(1, Into::into);
+    match run.training.precision {
+        Precision::F32 => job::train(Cpu::<f32>::new(threads)?, run, &config, &plan, &data, observer),
+        Precision::Bf16 => job::train(Cpu::<half::bf16>::new(threads)?, run, &config, &plan, &data, observer),
+    }
 }

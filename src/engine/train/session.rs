@@ -61,6 +61,11 @@ impl<B: Backend> Session<B> {
         Ok(Self { backend, bound })
     }
 
+    /// The model's config.
+    pub fn config(&self) -> &ModelConfig {
+        &self.bound.model.config
+    }
+
     /// Every weight under its Hugging Face name.
     pub fn weights(&self) -> Vec<Named> {
         self.bound.model.weights.named(&self.bound.model.config)

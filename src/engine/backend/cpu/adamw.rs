@@ -3,7 +3,10 @@
 use half::bf16;
 use rayon::prelude::*;
 
-use super::element::{Real, Storage, num::Float};
+use super::{
+    element::{Real, Storage, num::Float},
+    simd::vectorised,
+};
 use crate::engine::backend::AdamW;
 
 const BLOCK: usize = 1 << 15;
@@ -40,6 +43,7 @@ impl<W: Float> Constants<W> {
     }
 
     /// New (p, m, v).
+    #[inline(always)]
     fn step(&self, p: W, m: W, v: W, g: W) -> (W, W, W) {
         let m = self.beta1 * m + self.one_minus_beta1 * g;
         let v = self.beta2 * v + self.one_minus_beta2 * g * g;
@@ -57,9 +61,11 @@ pub(super) fn wide<W: Real, G: Storage<Wide = W>>(
     let constants = Constants::of(hyper);
     let blocks = w.par_chunks_mut(BLOCK).zip(m.par_chunks_mut(BLOCK)).zip(v.par_chunks_mut(BLOCK));
     blocks.zip(g.par_chunks(BLOCK)).for_each(|(((w, m), v), g)| {
-        for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
-            (*w, *m, *v) = constants.step(*w, *m, *v, g.widen() * scale);
-        }
+        vectorised(|| {
+            for (((w, m), v), g) in w.iter_mut().zip(m).zip(v).zip(g) {
+                (*w, *m, *v) = constants.step(*w, *m, *v, g.widen() * scale);
+            }
+        });
     });
 }
 
@@ -75,11 +81,13 @@ pub(super) fn split<G: Storage<Wide = f32>>(
     let weights = w.par_chunks_mut(BLOCK).zip(low.par_chunks_mut(BLOCK));
     let moments = m.par_chunks_mut(BLOCK).zip(v.par_chunks_mut(BLOCK));
     weights.zip(moments).zip(g.par_chunks(BLOCK)).for_each(|(((w, low), (m, v)), g)| {
-        for ((((w, low), m), v), g) in w.iter_mut().zip(low).zip(m).zip(v).zip(g) {
-            let p;
-            (p, *m, *v) = constants.step(master(*w, *low), *m, *v, g.widen() * scale);
-            (*w, *low) = parts(p);
-        }
+        vectorised(|| {
+            for ((((w, low), m), v), g) in w.iter_mut().zip(low).zip(m).zip(v).zip(g) {
+                let p;
+                (p, *m, *v) = constants.step(master(*w, *low), *m, *v, g.widen() * scale);
+                (*w, *low) = parts(p);
+            }
+        });
     });
 }
 

@@ -11,11 +11,14 @@ use rayon::prelude::*;
 use super::{
     element::{Real, Storage, num::Float},
     gemm::{Gemm, View, widened},
+    simd::vectorised,
 };
 use crate::engine::backend::{Heads, Window};
 
-/// Queries, and keys, of a block.
+/// Queries of a block.
 const BLOCK: usize = 64;
+/// Keys of a block: enough for products at full speed, few enough that a block's scores stay in the cache.
+const KEY_BLOCK: usize = 256;
 
 /// Sizes of a call as indices.
 #[derive(Debug, Clone, Copy)]
@@ -69,7 +72,7 @@ fn query_blocks(window: &Window) -> Vec<QueryBlock> {
 /// Blocks of the keys that a chunk's queries of one document may see.
 fn key_blocks(keys: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     let end = keys.end;
-    keys.step_by(BLOCK).map(move |start| start..end.min(start + BLOCK))
+    keys.step_by(KEY_BLOCK).map(move |start| start..end.min(start + KEY_BLOCK))
 }
 
 /// Splits a slice of rows into one mutable piece per block; blocks are consecutive from row 0.
@@ -164,12 +167,14 @@ where
         for (row, ((max, total), sums)) in
             p.chunks_mut(keys.len()).zip(max.iter_mut().zip(&mut total).zip(sums.chunks_mut(d)))
         {
-            let new_max = row.iter().fold(*max, |m, x| m.max(*x));
-            let correction = (*max - new_max).exp();
-            row.iter_mut().for_each(|x| *x = (*x - new_max).exp());
-            *total = *total * correction + lane_sum(row);
-            sums.iter_mut().for_each(|s| *s *= correction);
-            *max = new_max;
+            vectorised(|| {
+                let new_max = lane_max(row, *max);
+                let correction = (*max - new_max).exp();
+                row.iter_mut().for_each(|x| *x = (*x - new_max).exp());
+                *total = *total * correction + lane_sum(row);
+                sums.iter_mut().for_each(|s| *s *= correction);
+                *max = new_max;
+            });
         }
         let p = View::new(&p, group * n, keys.len(), keys.len());
         S::Wide::gemm(&mut sums, d, S::Wide::ONE, p, value_rows.view(), S::Wide::ONE);
@@ -182,6 +187,16 @@ where
     max.into_iter().zip(total).map(|(max, total)| max + total.ln()).collect()
 }
 
+#[inline(always)]
+fn lane_max<W: Float>(row: &[W], start: W) -> W {
+    let mut lanes = [start; 16];
+    for chunk in row.chunks(16) {
+        lanes.iter_mut().zip(chunk).for_each(|(lane, x)| *lane = lane.max(*x));
+    }
+    lanes.into_iter().fold(start, W::max)
+}
+
+#[inline(always)]
 fn lane_sum<W: Float>(row: &[W]) -> W {
     let mut lanes = [W::ZERO; 16];
     let chunks = row.chunks_exact(16);
@@ -287,10 +302,12 @@ impl<W: Real + Gemm> Pair<W> {
         for (i, (p, ds)) in self.p.chunks_mut(keys.len()).zip(self.ds.chunks_mut(keys.len())).enumerate() {
             let at = (kv * group + i / n) * c + block.rows.start + i % n;
             let (lse, delta) = (saved.lse[at], delta[at]);
-            for (p, ds) in p.iter_mut().zip(ds) {
-                *p = (*p - lse).exp();
-                *ds = *p * (*ds - delta) * scale;
-            }
+            vectorised(|| {
+                for (p, ds) in p.iter_mut().zip(ds) {
+                    *p = (*p - lse).exp();
+                    *ds = *p * (*ds - delta) * scale;
+                }
+            });
         }
     }
 }
@@ -342,9 +359,9 @@ fn key_gradients<S: Storage>(
     for (keys, queries) in documents {
         let dk = &mut dk[keys.start * row..keys.end * row];
         let dv = &mut dv[keys.start * row..keys.end * row];
-        let pieces = dk.par_chunks_mut(BLOCK * row).zip(dv.par_chunks_mut(BLOCK * row));
+        let pieces = dk.par_chunks_mut(KEY_BLOCK * row).zip(dv.par_chunks_mut(KEY_BLOCK * row));
         pieces.enumerate().for_each(|(i, (dk, dv))| {
-            let start = keys.start + i * BLOCK;
+            let start = keys.start + i * KEY_BLOCK;
             let keys = start..start + dk.len() / row;
             let mut pair = Pair { p: Vec::new(), ds: Vec::new() };
             for block in queries.iter().filter(|b| b.first_position + b.rows.len() > keys.start) {

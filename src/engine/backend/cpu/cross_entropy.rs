@@ -2,7 +2,10 @@
 
 use rayon::prelude::*;
 
-use super::element::{Storage, num::Float};
+use super::{
+    element::{Storage, num::Float},
+    simd::vectorised,
+};
 
 /// Independent partial results of a row: lets the loops vectorise, and fixes the order of the sum.
 const LANES: usize = 16;
@@ -19,7 +22,7 @@ pub(super) fn cross_entropy<S: Storage>(
         .par_chunks_mut(vocab)
         .zip(labels)
         .map(|(row, label)| match usize::try_from(*label) {
-            Ok(label) => one_row(row, label, gradient.map(S::Wide::of)),
+            Ok(label) => vectorised(|| one_row(row, label, gradient.map(S::Wide::of))),
             Err(_) => {
                 if gradient.is_some() {
                     row.fill(S::narrow(S::Wide::ZERO));
@@ -36,6 +39,7 @@ pub(super) fn cross_entropy<S: Storage>(
 }
 
 /// Loss of a row that counts, and whether its largest logit is the label's.
+#[inline(always)]
 fn one_row<S: Storage>(row: &mut [S], label: usize, gradient: Option<S::Wide>) -> (f64, bool) {
     let max = row.iter().fold(S::Wide::NEG_INFINITY, |max, x| max.max(x.widen()));
     let mut lanes = [S::Wide::ZERO; LANES];

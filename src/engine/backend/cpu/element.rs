@@ -69,12 +69,14 @@ pub mod num {
         fn sqrt(self) -> Self {
             self.sqrt()
         }
+        #[inline(always)]
         fn exp(self) -> Self {
             exp_f32(self)
         }
         fn ln(self) -> Self {
             self.ln()
         }
+        #[inline(always)]
         fn max(self, other: Self) -> Self {
             if self > other { self } else { other }
         }
@@ -99,6 +101,7 @@ pub mod num {
         fn ln(self) -> Self {
             self.ln()
         }
+        #[inline(always)]
         fn max(self, other: Self) -> Self {
             if self > other { self } else { other }
         }

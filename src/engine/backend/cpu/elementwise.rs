@@ -2,7 +2,10 @@
 
 use rayon::prelude::*;
 
-use super::element::{Storage, num::Float};
+use super::{
+    element::{Storage, num::Float},
+    simd::vectorised,
+};
 
 /// Elements of a block: fixed, so that sums do not depend on the number of cores.
 const BLOCK: usize = 1 << 16;
@@ -27,12 +30,16 @@ pub(super) fn sum_squares<S: Storage>(x: &[S]) -> f64 {
     let blocks: Vec<f64> = x
         .par_chunks(BLOCK)
         .map(|block| {
-            let mut lanes = [0f64; LANES];
-            for (i, x) in block.iter().enumerate() {
-                let x = x.widen().f64();
-                lanes[i % LANES] += x * x;
-            }
-            lanes.into_iter().sum()
+            vectorised(|| {
+                let mut lanes = [0f64; LANES];
+                for chunk in block.chunks(LANES) {
+                    for (lane, x) in lanes.iter_mut().zip(chunk) {
+                        let x = x.widen().f64();
+                        *lane += x * x;
+                    }
+                }
+                lanes.into_iter().sum()
+            })
         })
         .collect();
     blocks.into_iter().sum()

@@ -15,6 +15,7 @@ mod linear;
 mod memory;
 mod norm;
 mod rope;
+mod simd;
 mod swiglu;
 
 use std::{any::TypeId, fs::File, os::unix::fs::FileExt, path::PathBuf};

@@ -2,7 +2,10 @@
 
 use rayon::prelude::*;
 
-use super::element::{Storage, num::Float};
+use super::{
+    element::{Storage, num::Float},
+    simd::vectorised,
+};
 
 /// Rows of a block: fixed, so that sums do not depend on the number of cores.
 const BLOCK_ROWS: usize = 64;
@@ -10,6 +13,7 @@ const BLOCK_ROWS: usize = 64;
 const LANES: usize = 16;
 
 /// Sum of `f` over pairs, in lanes.
+#[inline(always)]
 fn lane_sum<S: Storage>(a: &[S], b: &[S], f: impl Fn(S::Wide, S::Wide) -> S::Wide) -> S::Wide {
     let mut lanes = [S::Wide::ZERO; LANES];
     let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
@@ -23,6 +27,7 @@ fn lane_sum<S: Storage>(a: &[S], b: &[S], f: impl Fn(S::Wide, S::Wide) -> S::Wid
     lanes.into_iter().sum::<S::Wide>() + rest
 }
 
+#[inline(always)]
 fn inverse_rms<S: Storage>(x: &[S], eps: f64) -> S::Wide {
     let mean = lane_sum(x, x, |a, b| a * b) / S::Wide::of(x.len() as f64);
     S::Wide::ONE / (mean + S::Wide::of(eps)).sqrt()
@@ -32,10 +37,12 @@ fn inverse_rms<S: Storage>(x: &[S], eps: f64) -> S::Wide {
 pub(super) fn rmsnorm<S: Storage>(y: &mut [S], x: &[S], w: &[S], eps: f64) {
     let h = w.len();
     y.par_chunks_mut(h).zip(x.par_chunks(h)).for_each(|(y, x)| {
-        let r = inverse_rms(x, eps);
-        for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
-            *y = S::narrow(x.widen() * r * w.widen());
-        }
+        vectorised(|| {
+            let r = inverse_rms(x, eps);
+            for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
+                *y = S::narrow(x.widen() * r * w.widen());
+            }
+        });
     });
 }
 
@@ -50,7 +57,7 @@ pub(super) fn rmsnorm_backward<S: Storage>(dx: &mut [S], dw: &mut [S::Wide], dy:
         .map(|((dx, dy), x)| {
             let mut partial = vec![S::Wide::ZERO; h];
             for ((dx, dy), x) in dx.chunks_mut(h).zip(dy.chunks(h)).zip(x.chunks(h)) {
-                row_backward(dx, &mut partial, dy, x, w, eps);
+                vectorised(|| row_backward(dx, &mut partial, dy, x, w, eps));
             }
             partial
         })
@@ -60,11 +67,14 @@ pub(super) fn rmsnorm_backward<S: Storage>(dx: &mut [S], dw: &mut [S::Wide], dy:
     }
 }
 
+#[inline(always)]
 fn row_backward<S: Storage>(dx: &mut [S], dw: &mut [S::Wide], dy: &[S], x: &[S], w: &[S], eps: f64) {
     let r = inverse_rms(x, eps);
     let mut lanes = [S::Wide::ZERO; LANES];
-    for (i, ((dy, x), w)) in dy.iter().zip(x).zip(w).enumerate() {
-        lanes[i % LANES] += dy.widen() * w.widen() * x.widen();
+    for ((dy, x), w) in dy.chunks(LANES).zip(x.chunks(LANES)).zip(w.chunks(LANES)) {
+        for (((lane, dy), x), w) in lanes.iter_mut().zip(dy).zip(x).zip(w) {
+            *lane += dy.widen() * w.widen() * x.widen();
+        }
     }
     let dot: S::Wide = lanes.into_iter().sum();
     // mean(g n) * n = x * r * r * dot / h
