@@ -4,7 +4,11 @@
 
 use clap::{Parser, Subcommand};
 
-use crate::client::{self, download, jobs, upload, watch};
+use crate::{
+    bench,
+    cli::{model, plan},
+    client::{self, download, jobs, upload, watch},
+};
 
 /// Fine-tunes language models on documents of millions of tokens.
 #[derive(Debug, Parser)]
@@ -17,6 +21,14 @@ pub struct Cli {
 /// What this process is.
 #[derive(Debug, Subcommand)]
 pub enum Role {
+    /// What this machine would do about a model and a sequence length
+    Plan(plan::Args),
+    /// Measure a training step on random weights
+    #[command(subcommand)]
+    Bench(Bench),
+    /// Make a model folder
+    #[command(subcommand)]
+    Model(Model),
     /// Send files to a server and print their ids
     Upload(Remote<upload::Args>),
     /// Make, list, show and cancel fine-tuning jobs
@@ -25,6 +37,20 @@ pub enum Role {
     Watch(Remote<watch::Args>),
     /// Fetch the files of a checkpoint, checked and resumable
     Download(Remote<download::Args>),
+}
+
+/// What is measured.
+#[derive(Debug, Subcommand)]
+pub enum Bench {
+    /// Optimizer steps, one JSON line each
+    Step(bench::step::Args),
+}
+
+/// What is done with a model folder.
+#[derive(Debug, Subcommand)]
+pub enum Model {
+    /// A small model with random weights and a tokenizer trained on the given documents
+    Init(model::Args),
 }
 
 /// A client command and the server it is for.

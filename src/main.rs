@@ -7,12 +7,25 @@ use std::{
 
 use clap::Parser;
 use longhaul::{
+    bench, cli,
     client::{self, download, http::Client, jobs, upload, watch},
-    config::{Cli, Remote, Role},
+    config::{Bench, Cli, Model, Remote, Role},
+    domain::ModelConfig,
+    engine::{self, checkpoint::huggingface},
+    executor::host,
 };
 
 fn main() -> ExitCode {
     match Cli::parse().role {
+        Role::Plan(args) => {
+            let machine = host::cpu(&std::env::temp_dir());
+            ended(cli::plan::run(&args, &machine, read_config, &mut io::stdout()))
+        }
+        Role::Bench(Bench::Step(args)) => {
+            let scratch = std::env::temp_dir();
+            ended(bench::step::run(&args, &host::cpu(&scratch), &scratch, &mut io::stdout()))
+        }
+        Role::Model(Model::Init(args)) => ended(cli::model::init(&args)),
         Role::Upload(remote) => ask(&remote, upload::run),
         Role::Jobs(remote) => ask(&remote, jobs::run),
         Role::Watch(remote) => ask(&remote, watch::run),
@@ -27,6 +40,16 @@ fn ask<A: clap::Args>(
 ) -> ExitCode {
     let done = Client::new(&remote.server).and_then(|client| command(&remote.args, &client, &mut io::stdout()));
     done.map_or_else(|failure| failed(&failure, failure.exit_status()), |()| ExitCode::SUCCESS)
+}
+
+/// A model folder's config.
+fn read_config(folder: &std::path::Path) -> engine::Result<ModelConfig> {
+    Ok(ModelConfig::from_config_text(&huggingface::config_text(folder)?)?)
+}
+
+/// The exit status of a command that either did what it should or says why not.
+fn ended<E: std::fmt::Display>(result: Result<(), E>) -> ExitCode {
+    result.map_or_else(|error| failed(&error, 1), |()| ExitCode::SUCCESS)
 }
 
 /// One line on standard error.

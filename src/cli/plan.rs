@@ -7,6 +7,7 @@ use serde_json::json;
 use crate::{
     bench::shapes,
     domain::{Invalid, Machine, ModelConfig, training::Precision},
+    engine::{Error, Result},
     plan::{self, Forced, Place, Plan, Request},
 };
 
@@ -37,33 +38,33 @@ pub struct Args {
 pub fn run(
     args: &Args,
     machine: &Machine,
-    read_config: impl FnOnce(&std::path::Path) -> Result<ModelConfig, Invalid>,
+    read_config: impl FnOnce(&std::path::Path) -> Result<ModelConfig>,
     out: &mut impl Write,
-) -> Result<(), Invalid> {
+) -> Result {
     let model = match (&args.model, &args.shape) {
         (Some(folder), _) => read_config(folder)?,
         (None, Some(name)) => shapes::named(name).ok_or_else(|| {
             Invalid::new("--shape", format!("no shape is called {name}: take one of {}", shapes::NAMES.join(", ")))
         })?,
-        (None, None) => return Err(Invalid::new("--model", "give --model FOLDER or --shape NAME")),
+        (None, None) => return Err(Invalid::new("--model", "give --model FOLDER or --shape NAME").into()),
     };
     let precision = match args.precision.as_str() {
         "f32" => Precision::F32,
         "bf16" => Precision::Bf16,
-        other => return Err(Invalid::new("--precision", format!("precision is f32 or bf16, not {other}"))),
+        other => return Err(Invalid::new("--precision", format!("precision is f32 or bf16, not {other}")).into()),
     };
     let mut machine = machine.clone();
     machine.device_bytes = args.memory.unwrap_or(machine.device_bytes);
     let mut request = Request { model: &model, precision, tokens: 128, machine: &machine, forced: Forced::default() };
     let longest = plan::longest(&request);
     request.tokens = args.sequence_length.unwrap_or(longest.max(128));
-    let plan = plan::plan(&request)?;
+    let plan = plan::plan(&request).map_err(Invalid::from)?;
     let printed = if args.json {
         writeln!(out, "{}", json!({ "longest_tokens": longest, "machine": machine, "plan": plan }))
     } else {
         print(out, &plan, &model, &machine, longest)
     };
-    printed.map_err(|error| Invalid::new("standard output", error.to_string()))
+    printed.map_err(Error::file("standard output"))
 }
 
 fn print(out: &mut impl Write, plan: &Plan, model: &ModelConfig, machine: &Machine, longest: u64) -> io::Result<()> {

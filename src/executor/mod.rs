@@ -1,1 +1,3 @@
 //! Takes one job from claim to settled: lease, trainer process, checkpoints.
+
+pub mod host;

@@ -106,9 +106,9 @@ fn versioned(root: &Path) -> Vec<PathBuf> {
         fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.path()).collect::<Vec<_>>()
     };
     let dashed = format!("{name}-");
-    let beside = entries(parent).into_iter().filter(|path| {
-        path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with(&dashed))
-    });
+    let beside = entries(parent)
+        .into_iter()
+        .filter(|path| path.file_name().and_then(|n| n.to_str()).is_some_and(|n| n.starts_with(&dashed)));
     let mut folders: Vec<PathBuf> = entries(root).into_iter().chain(beside).map(|path| path.join("bin")).collect();
     if folders.is_empty() {
         folders.push(root.join("*/bin"));

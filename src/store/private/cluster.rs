@@ -87,7 +87,8 @@ impl Cluster {
 
     /// Ends the server: first in order, then by force. Recovery at the next start repairs what force left.
     pub(super) fn stop(&mut self) {
-        for (signal, limit) in [(Signal::INT, STOP_LIMIT), (Signal::QUIT, HARD_STOP_LIMIT), (Signal::KILL, HARD_STOP_LIMIT)]
+        for (signal, limit) in
+            [(Signal::INT, STOP_LIMIT), (Signal::QUIT, HARD_STOP_LIMIT), (Signal::KILL, HARD_STOP_LIMIT)]
         {
             let Some(pid) = running(&self.home) else { break };
             // It may have ended between the look and the signal.

@@ -22,7 +22,9 @@ pub enum Error {
     #[error("{} is used by another running server; stop that one or choose another --data-dir", .folder.display())]
     InUse { folder: PathBuf },
     /// There is no such operating-system user.
-    #[error("PostgreSQL refuses to run as root, and there is no user {name} to run it as; name another with --postgres-user")]
+    #[error(
+        "PostgreSQL refuses to run as root, and there is no user {name} to run it as; name another with --postgres-user"
+    )]
     NoAccount { name: String },
     /// The user that Postgres runs as cannot get at the data folder.
     #[error(

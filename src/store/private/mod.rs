@@ -138,12 +138,8 @@ fn escape(byte: u8) -> String {
 fn lock(folder: &Path) -> Result<fs::File, Error> {
     fs::create_dir_all(folder).map_err(Error::io("make", folder))?;
     let path = folder.join(LOCK_NAME);
-    let file = fs::File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(Error::io("open", &path))?;
+    let file =
+        fs::File::options().create(true).truncate(false).write(true).open(&path).map_err(Error::io("open", &path))?;
     match file.try_lock() {
         Ok(()) => Ok(file),
         Err(fs::TryLockError::WouldBlock) => Err(Error::InUse { folder: folder.to_owned() }),

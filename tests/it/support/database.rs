@@ -73,7 +73,12 @@ pub async fn database() -> Database {
 
 /// Settings of a store over this database, with the weights in `folder`.
 pub fn store_settings(database_url: String, folder: &Path) -> store::Settings {
-    store::Settings { database_url, max_connections: 5, max_bulk_connections: 3, weights_folder: folder.join("weights") }
+    store::Settings {
+        database_url,
+        max_connections: 5,
+        max_bulk_connections: 3,
+        weights_folder: folder.join("weights"),
+    }
 }
 
 async fn statement(url: &str, sql: String) {
