@@ -2,12 +2,15 @@
 //!
 //! Out: one [`Cli`], parsed. What the values mean is checked by the role that they are for.
 
+use std::{net::SocketAddr, path::PathBuf, time::Duration};
+
 use clap::{Parser, Subcommand};
 
 use crate::{
     bench,
     cli::{model, plan},
     client::{self, download, jobs, upload, watch},
+    telemetry,
 };
 
 /// Fine-tunes language models on documents of millions of tokens.
@@ -16,11 +19,24 @@ use crate::{
 pub struct Cli {
     #[command(subcommand)]
     pub role: Role,
+    /// What is logged, as in info,longhaul::store=debug
+    #[arg(long, env = "LONGHAUL_LOG", default_value = "info", global = true, hide = true, value_name = "FILTER")]
+    pub log: String,
+    /// How a log line looks
+    #[arg(long, env = "LONGHAUL_LOG_FORMAT", default_value = "text", global = true, hide = true)]
+    pub log_format: telemetry::Format,
 }
 
 /// What this process is.
 #[derive(Debug, Subcommand)]
 pub enum Role {
+    /// Serve the API, and execute jobs on this host
+    Serve(Serve),
+    /// Execute jobs of another host's API
+    Execute(Execute),
+    /// Train one job; started by an executor, which writes its orders
+    #[command(hide = true)]
+    Train,
     /// What this machine would do about a model and a sequence length
     Plan(plan::Args),
     /// Measure a training step on random weights
@@ -37,6 +53,83 @@ pub enum Role {
     Watch(Remote<watch::Args>),
     /// Fetch the files of a checkpoint, checked and resumable
     Download(Remote<download::Args>),
+}
+
+/// Flags of `longhaul serve`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Serve {
+    #[command(flatten)]
+    pub places: Places,
+    /// Postgres to use (postgres://...); without it, a private one in the data folder
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    pub database_url: Option<String>,
+    /// Folder of Postgres' programs for the private one; found by itself where it is in the usual places
+    #[arg(long, env = "LONGHAUL_POSTGRES_BIN", value_name = "DIR")]
+    pub postgres_bin: Option<PathBuf>,
+    /// User that runs the private Postgres when this process is root
+    #[arg(long, env = "LONGHAUL_POSTGRES_USER", value_name = "NAME")]
+    pub postgres_user: Option<String>,
+    /// Address to listen on; port 0 takes a free one
+    #[arg(long, env = "LONGHAUL_LISTEN", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
+    pub listen: SocketAddr,
+    /// Listen beyond this host although nobody needs a key: whoever reaches the address can do everything
+    #[arg(long, env = "LONGHAUL_OPEN_TO_ALL")]
+    pub open_to_all: bool,
+    /// Serve the API only; jobs wait for an executor elsewhere
+    #[arg(long, env = "LONGHAUL_NO_EXECUTOR")]
+    pub no_executor: bool,
+    /// Largest uploaded file, bytes
+    #[arg(long, env = "LONGHAUL_MAX_UPLOAD_BYTES", default_value_t = 64 << 30, value_name = "BYTES")]
+    pub max_upload_bytes: u64,
+    #[command(flatten)]
+    pub executor: Executor,
+}
+
+/// Flags of `longhaul execute`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Execute {
+    #[command(flatten)]
+    pub places: Places,
+    /// Postgres that the API uses
+    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
+    pub database_url: String,
+    #[command(flatten)]
+    pub executor: Executor,
+}
+
+/// Where a server role keeps things.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Places {
+    /// Folder for everything that this process keeps
+    #[arg(long, env = "LONGHAUL_DATA", default_value = ".longhaul", value_name = "DIR")]
+    pub data: PathBuf,
+    /// Folder of checkpoints, shared between the API and its executors; weights/ in the data folder by default
+    #[arg(long, env = "LONGHAUL_WEIGHTS", value_name = "DIR")]
+    pub weights: Option<PathBuf>,
+    /// Folder of base models, each a Hugging Face folder; models/ in the data folder by default
+    #[arg(long, env = "LONGHAUL_MODELS", value_name = "DIR")]
+    pub models: Option<PathBuf>,
+}
+
+/// How an executor works.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Executor {
+    /// Seconds after which the job of an executor that is gone goes to another one
+    #[arg(long, env = "LONGHAUL_LEASE", default_value = "30", value_parser = seconds, value_name = "SECONDS")]
+    pub lease: Duration,
+    /// Seconds that a trainer may take to write a checkpoint when the server is stopped
+    #[arg(long, env = "LONGHAUL_GRACE", default_value = "60", value_parser = seconds, value_name = "SECONDS")]
+    pub grace: Duration,
+    /// Bytes of memory that a trainer may use; by default what is free, less a tenth
+    #[arg(long, env = "LONGHAUL_MEMORY", value_name = "BYTES")]
+    pub memory: Option<u64>,
+}
+
+fn seconds(text: &str) -> Result<Duration, String> {
+    match text.parse::<u64>() {
+        Ok(n) if (1..=86_400).contains(&n) => Ok(Duration::from_secs(n)),
+        _ => Err("must be between 1 and 86400 seconds".into()),
+    }
 }
 
 /// What is measured.

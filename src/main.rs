@@ -13,10 +13,18 @@ use longhaul::{
     domain::ModelConfig,
     engine::{self, checkpoint::huggingface},
     executor::host,
+    telemetry, trainer,
 };
 
 fn main() -> ExitCode {
-    match Cli::parse().role {
+    let cli = Cli::parse();
+    if let Err(error) = telemetry::start(&cli.log, cli.log_format) {
+        return failed(&error, 2);
+    }
+    match cli.role {
+        Role::Serve(args) => ended(cli::serve::run(&args, std::env::var_os("PATH").unwrap_or_default())),
+        Role::Execute(args) => ended(cli::serve::execute(&args)),
+        Role::Train => ended(trainer::run(io::BufReader::new(io::stdin()), io::stdout())),
         Role::Plan(args) => {
             let machine = host::cpu(&std::env::temp_dir());
             ended(cli::plan::run(&args, &machine, read_config, &mut io::stdout()))

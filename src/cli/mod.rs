@@ -1,4 +1,5 @@
-//! Subcommands that neither serve nor train: they read, compute and print.
+//! Subcommands: those that read, compute and print, and those that put the long-running roles together.
 
 pub mod model;
 pub mod plan;
+pub mod serve;

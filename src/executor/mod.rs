@@ -1,3 +1,222 @@
 //! Takes one job from claim to settled: lease, trainer process, checkpoints.
+//!
+//! An executor publishes what its host has, claims work that fits, and runs each claim as an [`attempt`]. It meets the API
+//! only in Postgres and its trainers only in [`crate::trainer::protocol`].
 
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use tokio::{sync::Notify, task::JoinSet};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    domain::{ExecutorId, Machine, machine::DeviceKind},
+    store::{
+        Store,
+        hosts::NewHost,
+        queue::{Claimant, Work},
+        retention::GARBAGE_AGE,
+    },
+};
+
+mod attempt;
 pub mod host;
+mod launcher;
+mod lease;
+mod models;
+mod prepare;
+mod tell;
+
+/// Pause between two looks for work where no hint comes.
+const POLL: Duration = Duration::from_secs(2);
+/// How often a host shows that it is there.
+const PUBLISH: Duration = Duration::from_secs(10);
+/// Pause between two looks for leases that ran out.
+const REAP: Duration = Duration::from_secs(3);
+/// Pause between two sweeps of objects that no row names.
+const SWEEP: Duration = Duration::from_hours(1);
+/// Pause before a lost listener is opened again.
+const RECONNECT: Duration = Duration::from_secs(1);
+/// Attempts without a new checkpoint after which a job fails.
+const MOST_ATTEMPTS: i32 = 5;
+
+/// What an operator may set.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// This program; started again as `train` for each attempt.
+    pub program: PathBuf,
+    /// Folder for attempts under way. One executor at a time; emptied when it starts.
+    pub work_folder: PathBuf,
+    /// Folder of base models, each a Hugging Face folder `name` or `organization/name`.
+    pub models_folder: PathBuf,
+    /// How long a lease lasts unless renewed.
+    pub lease: Duration,
+    /// How long a trainer may take to write a checkpoint when the executor is asked to stop.
+    pub grace: Duration,
+    /// Bytes of memory that a trainer may use; what the host has free by default.
+    pub memory: Option<u64>,
+}
+
+/// Why an executor could not start.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error("{path}: {source}")]
+    Folder { path: PathBuf, source: std::io::Error },
+    #[error("{0} is used by another executor; give this one a work folder of its own")]
+    InUse(PathBuf),
+}
+
+/// What every attempt works with.
+#[derive(Debug)]
+struct Context {
+    store: Store,
+    settings: Settings,
+    id: ExecutorId,
+    machine: Machine,
+    /// Some job may have changed.
+    hints: Notify,
+    stop: CancellationToken,
+}
+
+/// Executes jobs until `stop` is cancelled; then trainers get a while to write a checkpoint, and their jobs are released.
+pub async fn run(store: Store, settings: Settings, stop: CancellationToken) -> Result<(), Error> {
+    let _lock = own(&settings.work_folder)?;
+    fs::create_dir_all(&settings.models_folder).map_err(at(&settings.models_folder))?;
+    let mut machine = host::cpu(&settings.work_folder);
+    machine.device_bytes = settings.memory.unwrap_or(machine.device_bytes);
+    let id = ExecutorId::random();
+    tracing::info!(executor = %id, device = machine.device_name, bytes = machine.device_bytes, "executor started");
+    let context = Arc::new(Context { store, settings, id, machine, hints: Notify::new(), stop });
+    let mut tasks = JoinSet::new();
+    tasks.spawn(listen(Arc::clone(&context)));
+    tasks.spawn(publish(Arc::clone(&context)));
+    tasks.spawn(reap(Arc::clone(&context)));
+    tasks.spawn(sweep(Arc::clone(&context)));
+    // One of each at a time: an inspection is short, and a training takes the whole device.
+    tasks.spawn(work(Arc::clone(&context), Work::Inspect));
+    tasks.spawn(work(Arc::clone(&context), Work::Train));
+    while let Some(ended) = tasks.join_next().await {
+        if let Err(error) = ended {
+            tracing::error!(%error, "a task of the executor panicked; the executor stops");
+            context.stop.cancel();
+        }
+    }
+    if let Err(error) = context.store.withdraw_host(&context.id).await {
+        tracing::warn!(%error, "the host could not be withdrawn; its row grows old");
+    }
+    Ok(())
+}
+
+/// Keeps the work folder for this executor, and empties it: whatever lies there belongs to nobody any more.
+fn own(folder: &Path) -> Result<fs::File, Error> {
+    fs::create_dir_all(folder).map_err(at(folder))?;
+    let path = folder.join("executor.lock");
+    let file = fs::File::options().create(true).truncate(false).write(true).open(&path).map_err(at(&path))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(fs::TryLockError::WouldBlock) => return Err(Error::InUse(folder.to_owned())),
+        Err(fs::TryLockError::Error(error)) => return Err(at(&path)(error)),
+    }
+    let jobs = folder.join("jobs");
+    match fs::remove_dir_all(&jobs) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(at(&jobs)(error)),
+        _ => Ok(file),
+    }
+}
+
+fn at(path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Folder { path, source }
+}
+
+impl Context {
+    /// Waits so long, or less when the executor stops. True when it does.
+    async fn pause(&self, pause: Duration) -> bool {
+        tokio::select! {
+            () = self.stop.cancelled() => true,
+            () = tokio::time::sleep(pause) => false,
+        }
+    }
+}
+
+/// Turns notifications of the database into hints.
+async fn listen(context: Arc<Context>) {
+    while !context.stop.is_cancelled() {
+        if let Ok(mut hints) = context.store.job_hints().await {
+            while let Some(Ok(())) = context.stop.run_until_cancelled(hints.next()).await {
+                context.hints.notify_waiters();
+            }
+        }
+        context.pause(RECONNECT).await;
+    }
+}
+
+async fn publish(context: Arc<Context>) {
+    let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    loop {
+        let models = models::found(&context.settings.models_folder);
+        let machines = std::slice::from_ref(&context.machine);
+        let host = NewHost { executor: &context.id, hostname: &hostname, machines, models: &models };
+        if let Err(error) = context.store.publish_host(&host).await {
+            tracing::warn!(%error, "the host could not be published; it is tried again");
+        }
+        if context.pause(PUBLISH).await {
+            return;
+        }
+    }
+}
+
+async fn reap(context: Arc<Context>) {
+    loop {
+        match context.store.reap_leases(MOST_ATTEMPTS).await {
+            Ok(0) => {}
+            Ok(reaped) => tracing::warn!(reaped, "leases ran out; their jobs go on from their last checkpoints"),
+            Err(error) => tracing::warn!(%error, "leases could not be looked through; it is tried again"),
+        }
+        if context.pause(REAP).await {
+            return;
+        }
+    }
+}
+
+async fn sweep(context: Arc<Context>) {
+    while !context.pause(SWEEP).await {
+        match context.store.sweep_weights(GARBAGE_AGE).await {
+            Ok(0) => {}
+            Ok(gone) => tracing::info!(gone, "objects that no checkpoint names deleted"),
+            Err(error) => tracing::warn!(%error, "the sweep of weights failed; it is tried again"),
+        }
+    }
+}
+
+/// Claims one kind of work after another.
+async fn work(context: Arc<Context>, work: Work) {
+    let devices = [match context.machine.device {
+        DeviceKind::Cpu => "cpu".to_owned(),
+        DeviceKind::Cuda => "cuda".to_owned(),
+    }];
+    while !context.stop.is_cancelled() {
+        let hinted = context.hints.notified();
+        let models: Vec<String> =
+            models::found(&context.settings.models_folder).into_iter().map(|model| model.name).collect();
+        let lease = context.settings.lease;
+        let claimant = Claimant { executor: &context.id, lease, models: &models, devices: &devices };
+        let asked = std::time::Instant::now();
+        match context.store.claim_job(work, &claimant).await {
+            Ok(Some(claim)) => {
+                attempt::run(&context, &claim, asked).await;
+                continue;
+            }
+            Ok(None) => {}
+            Err(error) => tracing::warn!(%error, "no work could be claimed; it is tried again"),
+        }
+        tokio::select! {
+            () = hinted => {}
+            _ = context.pause(POLL) => {}
+        }
+    }
+}

@@ -4,6 +4,8 @@
 //! [`Report`]s to its standard output; standard error is the trainer's log. End of file on standard input is the
 //! executor's death, and so the trainer's.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 use crate::domain::{
@@ -11,6 +13,8 @@ use crate::domain::{
     progress::{DataSummary, Evaluation, StepMetrics, WrittenCheckpoint},
 };
 
+/// How often a trainer says that it is alive, whatever its step is doing. One that is silent for several of these is stuck.
+pub const ALIVE_INTERVAL: Duration = Duration::from_secs(2);
 /// Longest line either side accepts; a longer one is garbage and ends the conversation.
 pub const MAX_LINE_BYTES: usize = 4 << 20;
 
@@ -30,13 +34,15 @@ pub enum Order {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "report", rename_all = "snake_case")]
 pub enum Report {
+    /// The process runs. Sent on its own beside everything else.
+    Alive,
     /// Something the customer should read.
     Event { event: Event },
     /// The data set was read; sent once, before the first step.
     Data { summary: DataSummary },
     /// One optimizer step is done.
     Step { metrics: StepMetrics },
-    /// The validation files were evaluated at this step .
+    /// The validation files were evaluated at this step.
     Evaluation { evaluation: Evaluation },
     /// A checkpoint folder is complete on disk: written aside, synced, renamed.
     Checkpoint { checkpoint: WrittenCheckpoint },

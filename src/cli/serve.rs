@@ -1,0 +1,172 @@
+//! `longhaul serve` and `longhaul execute`: the database, the API and the executor put together, until a signal.
+
+use std::{
+    ffi::OsString,
+    io,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+};
+
+use tokio::{
+    net::TcpListener,
+    runtime::Runtime,
+    signal::unix::{SignalKind, signal},
+};
+use tokio_util::sync::CancellationToken;
+
+use crate::{
+    api, config, executor,
+    store::{
+        self, Store,
+        private::{self, Durability, Postgres, Search},
+    },
+};
+
+/// Connections of one process for small transactions, and for bytes.
+const CONNECTIONS: u32 = 16;
+const BULK_CONNECTIONS: u32 = 12;
+
+/// Why a server role could not start, or did not end well.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    #[error(
+        "--listen {0} can be reached from other hosts, and nobody needs a key yet: listen on 127.0.0.1, or pass \
+         --open-to-all where a network or a proxy keeps strangers out"
+    )]
+    OpenToAll(SocketAddr),
+    #[error("--listen {address}: {source}")]
+    Listen { address: SocketAddr, source: io::Error },
+    #[error("the private Postgres: {0}")]
+    Postgres(#[from] private::Error),
+    #[error("the store: {}", one_line(.0))]
+    Store(#[from] store::Error),
+    #[error("the executor: {0}")]
+    Executor(#[from] executor::Error),
+    #[error("the system refused: {0}")]
+    System(#[from] io::Error),
+}
+
+fn one_line(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(Some(error), |error| error.source());
+    let text = causes.map(ToString::to_string).collect::<Vec<_>>().join(": ");
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+/// Serves the API until SIGTERM or an interrupt. `path` is where Postgres' programs are looked for first.
+pub fn run(args: &config::Serve, path: OsString) -> Result<(), Error> {
+    if !args.listen.ip().is_loopback() && !args.open_to_all {
+        return Err(Error::OpenToAll(args.listen));
+    }
+    std::fs::create_dir_all(&args.places.data)?;
+    let runtime = Runtime::new()?;
+    let stop = runtime.block_on(async { stop_on_signals() })?;
+    let postgres = match &args.database_url {
+        Some(_) => None,
+        None => Some(Postgres::start(&private_postgres(args, path))?),
+    };
+    let url = args.database_url.clone().or_else(|| postgres.as_ref().map(Postgres::url)).unwrap_or_default();
+    let served = runtime.block_on(serve(args, url, stop));
+    runtime.shutdown_timeout(std::time::Duration::from_secs(5));
+    if let Some(postgres) = postgres {
+        postgres.stop();
+    }
+    served
+}
+
+/// Executes jobs until SIGTERM or an interrupt.
+pub fn execute(args: &config::Execute) -> Result<(), Error> {
+    let runtime = Runtime::new()?;
+    runtime.block_on(async {
+        let stop = stop_on_signals()?;
+        let store = Store::connect(&store_settings(&args.places, args.database_url.clone())).await?;
+        let settings = executor_settings(&args.places, &args.executor)?;
+        executor::run(store.clone(), settings, stop).await?;
+        store.close().await;
+        Ok(())
+    })
+}
+
+async fn serve(args: &config::Serve, database_url: String, stop: CancellationToken) -> Result<(), Error> {
+    let store = Store::connect(&store_settings(&args.places, database_url)).await?;
+    store.migrate().await?;
+    let listener =
+        TcpListener::bind(args.listen).await.map_err(|source| Error::Listen { address: args.listen, source })?;
+    let address = listener.local_addr()?;
+    // Whoever started us with port 0 learns the address from this line.
+    tracing::info!(%address, "serving on http://{address}");
+    let settings = api::Settings { max_upload_bytes: args.max_upload_bytes };
+    // Whatever ends first takes the other one with it.
+    let api = async {
+        let ended = api::serve(listener, store.clone(), settings, stop.clone()).await;
+        stop.cancel();
+        ended
+    };
+    let executor = async {
+        if args.no_executor {
+            return Ok(());
+        }
+        let settings = executor_settings(&args.places, &args.executor)?;
+        let ended = executor::run(store.clone(), settings, stop.clone()).await;
+        stop.cancel();
+        ended.map_err(Error::from)
+    };
+    let (api, executor) = tokio::join!(api, executor);
+    store.close().await;
+    api?;
+    executor
+}
+
+/// Cancelled by SIGTERM or an interrupt. A second signal ends the process at once.
+fn stop_on_signals() -> io::Result<CancellationToken> {
+    let stop = CancellationToken::new();
+    let (mut terminate, mut interrupt) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
+    let token = stop.clone();
+    tokio::spawn(async move {
+        loop {
+            tokio::select! {
+                _ = terminate.recv() => {}
+                _ = interrupt.recv() => {}
+            }
+            if token.is_cancelled() {
+                std::process::exit(130);
+            }
+            tracing::info!("stopping: requests and trainers under way get a while to end");
+            token.cancel();
+        }
+    });
+    Ok(stop)
+}
+
+fn private_postgres(args: &config::Serve, path: OsString) -> private::Settings {
+    private::Settings {
+        folder: absolute(&args.places.data),
+        search: Search { folder: args.postgres_bin.clone(), path },
+        account: args.postgres_user.clone(),
+        durability: Durability::Durable,
+    }
+}
+
+fn store_settings(places: &config::Places, database_url: String) -> store::Settings {
+    store::Settings {
+        database_url,
+        max_connections: CONNECTIONS,
+        max_bulk_connections: BULK_CONNECTIONS,
+        weights_folder: absolute(places.weights.as_deref().unwrap_or(&places.data.join("weights"))),
+    }
+}
+
+fn executor_settings(places: &config::Places, args: &config::Executor) -> io::Result<executor::Settings> {
+    Ok(executor::Settings {
+        program: std::env::current_exe()?,
+        work_folder: absolute(&places.data.join("work")),
+        models_folder: absolute(places.models.as_deref().unwrap_or(&places.data.join("models"))),
+        lease: args.lease,
+        grace: args.grace,
+        memory: args.memory,
+    })
+}
+
+/// Trainers work in folders of their own, so no path may hang on the current one.
+fn absolute(path: &Path) -> PathBuf {
+    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
+}

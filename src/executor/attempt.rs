@@ -1,0 +1,172 @@
+//! One attempt at one job, from claim to settled: prepare, start a trainer, listen to it, let go of the job.
+//!
+//! Whatever happens ends in one of two ways: the job is settled under the lease's epoch, or the lease is lost and nothing more
+//! is written. The trainer is gone in both.
+
+use std::{sync::Arc, time::Duration};
+
+use tokio::time::{Instant, sleep_until, timeout};
+
+use super::{
+    Context,
+    launcher::{self, Trainer},
+    lease::{self, Lease},
+    prepare::{self, retry, with_causes},
+    tell,
+};
+use crate::{
+    domain::JobStatus,
+    store::queue::{Claim, Settlement, Wish, Work},
+    trainer::protocol::{ALIVE_INTERVAL, Report},
+};
+
+/// A trainer that says nothing for so long is stuck.
+const SILENCE: Duration = ALIVE_INTERVAL.saturating_mul(15);
+/// How long a trainer whose job was cancelled may take to its next step boundary; nothing of its state is needed.
+const CANCEL_GRACE: Duration = Duration::from_secs(10);
+/// How long one whose job was paused may take to reach a step boundary and write a checkpoint.
+const PAUSE_GRACE: Duration = Duration::from_mins(60);
+/// How long a settlement is tried while the database is away. After that the lease runs out and says it all.
+const SETTLE: Duration = Duration::from_mins(2);
+
+/// Works on a claim that was asked for at `asked` until it is settled or lost.
+pub(super) async fn run(context: &Arc<Context>, claim: &Claim, asked: std::time::Instant) {
+    tracing::info!(job = %claim.job, epoch = claim.epoch, work = ?claim.work, "claimed");
+    let mut lease = lease::keep(context, claim, asked);
+    let lost = lease.lost.clone();
+    let settlement = lost.run_until_cancelled(hold(context, claim, &mut lease)).await;
+    // Nothing is renewed any more, so a settlement that takes too long changes nothing.
+    drop(lease);
+    let Some(settlement) = settlement else { return clear(context, claim).await };
+    tracing::info!(job = %claim.job, epoch = claim.epoch, ?settlement, "letting go");
+    let settle = tell::insist(|| context.store.settle_job(&claim.job, claim.epoch, &settlement));
+    match timeout(SETTLE, settle).await {
+        Ok(Ok(true)) => {}
+        Ok(Ok(false)) => tracing::warn!(job = %claim.job, "the job had another holder by then"),
+        Ok(Err(error)) => tracing::error!(job = %claim.job, error = with_causes(&error), "the job was not settled"),
+        Err(_) => tracing::error!(job = %claim.job, "the job was not settled: the database stayed away"),
+    }
+    clear(context, claim).await;
+}
+
+/// Removes the job's folder unless this host will most likely need it again.
+async fn clear(context: &Context, claim: &Claim) {
+    let job = context.store.job(&claim.job).await;
+    let goes_on = job.is_ok_and(|job| job.is_some_and(|job| job.status == JobStatus::Queued));
+    if goes_on {
+        return;
+    }
+    if let Err(error) = prepare::remove(&prepare::folder(context, &claim.job)).await {
+        tracing::warn!(job = %claim.job, %error, "the job's folder was left behind");
+    }
+}
+
+/// Everything between the claim and the settlement.
+async fn hold(context: &Arc<Context>, claim: &Claim, lease: &mut Lease) -> Settlement {
+    let prepared = tokio::select! {
+        prepared = prepare::prepare(context, claim) => prepared,
+        () = context.stop.cancelled() => return Settlement::Released,
+        _ = lease.wished() => return Settlement::Released,
+    };
+    let run = match prepared {
+        Ok(run) => run,
+        Err(error) => return error.into(),
+    };
+    match launcher::start(&context.settings.program, run, lease.deadline.clone()) {
+        Ok(trainer) => Conversation { context, claim, trainer, until: None }.listen(lease).await,
+        Err(error) => retry(format!("no trainer could be started: {error}")),
+    }
+}
+
+/// A trainer and what was said to it.
+struct Conversation<'a> {
+    context: &'a Context,
+    claim: &'a Claim,
+    trainer: Trainer,
+    /// Set once it was asked to stop: when it is ended by force.
+    until: Option<Instant>,
+}
+
+impl Conversation<'_> {
+    /// Listens until the trainer has said its last word, or cannot be listened to any more.
+    async fn listen(mut self, lease: &mut Lease) -> Settlement {
+        loop {
+            let stopping = self.until.is_some();
+            tokio::select! {
+                biased;
+                () = sleep_until(self.until.unwrap_or_else(Instant::now)), if stopping => {
+                    self.trainer.kill().await;
+                    return Settlement::Released;
+                }
+                heard = timeout(SILENCE, self.trainer.report()) => {
+                    if let Some(settlement) = self.heard(heard.ok()).await {
+                        return settlement;
+                    }
+                }
+                wish = lease.wished(), if !stopping => {
+                    let (checkpoint, grace) = match wish {
+                        Wish::Pause => (true, PAUSE_GRACE),
+                        Wish::Cancel => (false, CANCEL_GRACE),
+                    };
+                    self.ask_to_stop(checkpoint, grace).await;
+                }
+                () = self.context.stop.cancelled(), if !stopping => {
+                    self.ask_to_stop(true, self.context.settings.grace).await;
+                }
+            }
+        }
+    }
+
+    async fn ask_to_stop(&mut self, checkpoint: bool, grace: Duration) {
+        self.trainer.stop(checkpoint).await;
+        self.until = Some(Instant::now() + grace);
+    }
+
+    /// Acts on what came: `None` for silence, an inner `None` for the end of the trainer's output.
+    async fn heard(&mut self, heard: Option<Option<Result<Report, String>>>) -> Option<Settlement> {
+        let report = match heard {
+            None => {
+                self.trainer.kill().await;
+                return Some(retry(format!("the trainer said nothing for {} s and was ended", SILENCE.as_secs())));
+            }
+            Some(None) => return Some(retry(format!("the trainer died: {}", self.trainer.end().await))),
+            Some(Some(Err(garbage))) => {
+                self.trainer.kill().await;
+                return Some(retry(format!("the trainer did not keep to the protocol: {garbage}")));
+            }
+            Some(Some(Ok(report))) => report,
+        };
+        match tell::tell(self.context, self.claim, &report).await {
+            Ok(true) => {}
+            Ok(false) => {
+                // The lease's keeper finds out as well, at the latest with its next renewal.
+                self.trainer.kill().await;
+                return Some(Settlement::Released);
+            }
+            Err(error) => {
+                self.trainer.kill().await;
+                return Some(retry(format!("a report could not be stored: {}", with_causes(&error))));
+            }
+        }
+        let settlement = self.last_word(report)?;
+        self.trainer.end().await;
+        Some(settlement)
+    }
+
+    /// What a report that ends the run means for the job.
+    fn last_word(&self, report: Report) -> Option<Settlement> {
+        match report {
+            Report::Finished { trained_tokens } => Some(match self.claim.work {
+                Work::Inspect => Settlement::Validated,
+                Work::Train => Settlement::Succeeded { trained_tokens: Some(trained_tokens) },
+            }),
+            Report::Stopped { .. } if self.until.is_some() => Some(Settlement::Released),
+            Report::Stopped { step } => {
+                Some(retry(format!("the trainer stopped at step {step} without being asked to")))
+            }
+            Report::Refused { error } => Some(Settlement::Failed { error }),
+            Report::Broken { message } => Some(retry(message)),
+            _ => None,
+        }
+    }
+}
