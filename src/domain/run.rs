@@ -21,7 +21,7 @@ pub struct RunSpec {
     pub training: TrainingSpec,
     /// The host this trainer runs on, as the executor sees it.
     pub machine: Machine,
-    /// Folder of this attempt, owned by the trainer: `checkpoints/step-N/`, `spill/`, `tokens/` go under it.
+    /// Folder of the job on this host, owned by the trainer while it runs: `checkpoints/step-N/`, `spill/`, `tokens/` go under it.
     pub work_dir: PathBuf,
     /// A complete checkpoint folder (with its `resume/` part) to continue from.
     pub resume_from: Option<PathBuf>,

@@ -14,7 +14,7 @@ use crate::{
         Error,
         checkpoints::{NewCheckpoint, Recorded},
         events::Writer,
-        queue::Claim,
+        queue::{Claim, Work},
     },
     trainer::protocol::Report,
 };
@@ -40,6 +40,8 @@ pub(super) async fn tell(context: &Context, claim: &Claim, report: &Report) -> R
     let (store, job, epoch) = (&context.store, &claim.job, claim.epoch);
     match report {
         Report::Event { event } => insist(|| store.append_event(job, Writer::Holder(epoch), event)).await,
+        // Told once, when the data was validated; a trainer that starts counts it again only for itself.
+        Report::Data { .. } if claim.work == Work::Train => Ok(true),
         Report::Data { summary } => {
             let event = counted(summary);
             insist(|| store.append_event(job, Writer::Holder(epoch), &event)).await

@@ -4,6 +4,7 @@
 
 mod floors;
 mod job_request;
+mod journey;
 mod openapi;
 mod optim;
 mod parity;

@@ -3,6 +3,7 @@
 pub mod database;
 pub mod model;
 pub mod sandbox;
+pub mod server;
 
 pub use database::{Database, cluster_settings, database};
 pub use sandbox::Sandbox;
