@@ -3,6 +3,7 @@
 #![expect(unreachable_pub, reason = "modules of a test binary share through pub")]
 
 mod floors;
+mod golden;
 mod job_request;
 mod openapi;
 mod optim;
