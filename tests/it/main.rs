@@ -6,6 +6,7 @@ mod floors;
 mod golden;
 mod job_request;
 mod openapi;
+mod operations;
 mod optim;
 mod parity;
 mod plan;
