@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that unwraps nothing has failed, and says where")]
 #![expect(unreachable_pub, reason = "modules of a test binary share through pub")]
 
+mod bad_input;
 mod floors;
 mod golden;
 mod job_request;
@@ -13,3 +14,5 @@ mod plan;
 mod private_postgres;
 mod source;
 mod support;
+mod training;
+mod transformers;
