@@ -7,7 +7,7 @@ use std::{path::Path, process::Command};
 use longhaul::{
     domain::{ModelConfig, TrainingSpec, training::Precision},
     engine::{
-        backend::{DType, Tensor, cpu::Cpu},
+        backend::{Backend, DType, Tensor, cpu::Cpu},
         checkpoint::huggingface,
         data::Tokenizer,
         train::{saved, session::Session},
@@ -33,14 +33,14 @@ fn logits(checkpoint: &Path, text: &str) -> (Vec<i32>, Vec<u8>, f64) {
     let machine = machine(1 << 30);
     let request = plan::Request { model: &config, precision: Precision::F32, tokens: n, machine: &machine, forced };
     let plan = plan::plan(&request).unwrap();
-    let mut session = Session::new(Cpu::<f32>::new(2).unwrap(), &plan, &config, checkpoint).unwrap();
+    let mut session = Session::new(Cpu::<f32>::new(2).unwrap(), &plan, &config, &std::env::temp_dir()).unwrap();
     saved::load_base(&mut session, checkpoint).unwrap();
     let tokens = Tokens::of(&[ids]);
     let loss = session.evaluate([tokens.batch()]).unwrap().mean_loss();
     let region = plan.layout.region(Slot::Logits).unwrap();
     let tensor = Tensor::device(region.offset, DType::F32, n, config.vocab_size);
     let mut bytes = vec![0; tensor.bytes() as usize];
-    longhaul::engine::backend::Backend::download(&mut session.backend, tensor, &mut bytes).unwrap();
+    session.backend.download(tensor, &mut bytes).unwrap();
     (tokens.ids, bytes, loss)
 }
 

@@ -21,7 +21,7 @@ def main():
     checkpoint, text, ours = map(Path, sys.argv[1:])
     ours = json.loads(ours.read_text())
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    plain = tokenizer(text.read_text(), add_special_tokens=False)["input_ids"]
+    plain = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
     ids = [tokenizer.bos_token_id, *plain, tokenizer.eos_token_id]
     assert ids == ours["ids"], f"token ids differ: {len(ids)} against {len(ours['ids'])}"
 

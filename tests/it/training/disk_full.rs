@@ -26,8 +26,8 @@ fn a_full_disk_leaves_the_last_checkpoint() {
     let path = studio.sandbox.join("run.json");
     std::fs::write(&path, serde_json::to_vec(&second).unwrap()).unwrap();
 
-    // At most 100 blocks a file: room for the tokens, not for the weights. The signal that comes with it is ignored.
-    let script = "trap '' XFSZ; ulimit -f 100; exec \"$0\" --exact --ignored training::disk_full::child";
+    // At most 60 blocks a file: room for the tokens, not for the weights. The signal that comes with it is ignored.
+    let script = "trap '' XFSZ; ulimit -f 60; exec \"$0\" --exact --ignored training::disk_full::child";
     let program = std::env::current_exe().unwrap();
     let output = Command::new("/bin/sh").args(["-c", script]).arg(program).env(RUN, &path).output().unwrap();
     let said = String::from_utf8_lossy(&output.stdout);

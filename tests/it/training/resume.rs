@@ -1,6 +1,10 @@
 //! Stopped after any step and continued elsewhere == never stopped, to the last bit of weights, moments and losses.
 
-use longhaul::domain::{RunSpec, training::Precision};
+use longhaul::{
+    domain::{RunSpec, TrainingSpec, training::Precision},
+    engine::checkpoint::staging::hex,
+};
+use sha2::{Digest, Sha256};
 
 use super::{Studio, digests, finish, folder, interrupt, spec};
 
@@ -9,7 +13,7 @@ fn stopped_at_any_step_is_never_stopped() {
     let studio = Studio::new("resume");
     let files = [studio.five()];
     for precision in [Precision::F32, Precision::Bf16] {
-        let training = longhaul::domain::TrainingSpec { precision, gradient_accumulation_steps: 2, ..spec(5) };
+        let training = TrainingSpec { precision, gradient_accumulation_steps: 2, ..spec(5) };
         let name = |part: &str| format!("{precision:?}-{part}");
         let whole = finish(&studio.run(&name("whole"), &files, training.clone()));
         assert_eq!(whole.steps.len(), 5);
@@ -40,7 +44,7 @@ fn a_stop_before_the_first_step_writes_nothing() {
 #[test]
 fn checkpoints_come_at_their_interval_and_hold_a_model() {
     let studio = Studio::new("interval");
-    let training = longhaul::domain::TrainingSpec { checkpoint_interval: Some(2), ..spec(5) };
+    let training = TrainingSpec { checkpoint_interval: Some(2), ..spec(5) };
     let run = studio.run("run", &[studio.five()], training);
     let recorder = finish(&run);
     let steps: Vec<_> = recorder.checkpoints.iter().map(|c| (c.step, c.last)).collect();
@@ -49,8 +53,7 @@ fn checkpoints_come_at_their_interval_and_hold_a_model() {
         let folder = folder(&run, checkpoint);
         for file in &checkpoint.files {
             let bytes = std::fs::read(folder.join(&file.path)).unwrap();
-            use sha2::{Digest, Sha256};
-            let digest = longhaul::engine::checkpoint::staging::hex(&Sha256::digest(&bytes));
+            let digest = hex(&Sha256::digest(&bytes));
             assert_eq!((bytes.len() as u64, digest), (file.bytes, file.sha256.clone()), "{}", file.path);
         }
         for needed in ["config.json", "model.safetensors", "tokenizer.json", "resume/optimizer.safetensors"] {
@@ -58,6 +61,6 @@ fn checkpoints_come_at_their_interval_and_hold_a_model() {
         }
         assert_eq!(checkpoint.metrics["step"], checkpoint.step as f64);
     }
-    let sums: Vec<_> = recorder.checkpoints.iter().map(|c| digests(c)).collect();
+    let sums: Vec<_> = recorder.checkpoints.iter().map(digests).collect();
     assert!(sums[0] != sums[1] && sums[1] != sums[2], "weights move");
 }

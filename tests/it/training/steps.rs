@@ -1,8 +1,12 @@
 //! What a run reports: losses that fall, held-out losses, sequences added up as one larger batch.
 
 use longhaul::{
-    domain::{RunSpec, TrainingSpec},
-    engine::checkpoint::safetensors::Weights,
+    domain::{ModelConfig, RunSpec, TrainingSpec},
+    engine::{
+        backend::{DType, Tensor},
+        checkpoint::safetensors::Weights,
+        model::Params,
+    },
 };
 
 use super::{Recorder, Studio, finish, folder, spec, story};
@@ -34,11 +38,10 @@ fn a_model_learns_its_documents() {
 fn weights(run: &RunSpec, recorder: &Recorder) -> Vec<f64> {
     let weights = Weights::open(&folder(run, recorder.checkpoints.last().unwrap())).unwrap();
     let config = std::fs::read_to_string(run.model.join("config.json")).unwrap();
-    let config = longhaul::domain::ModelConfig::from_config_text(&config).unwrap();
-    let flat =
-        longhaul::engine::backend::Tensor::device(0, longhaul::engine::backend::DType::F32, 1, config.n_params());
+    let config = ModelConfig::from_config_text(&config).unwrap();
+    let flat = Tensor::device(0, DType::F32, 1, config.n_params());
     let mut out = Vec::new();
-    for parameter in longhaul::engine::model::Params::over(&config, flat).named(&config) {
+    for parameter in Params::over(&config, flat).named(&config) {
         let sink = |_, piece: &[f32]| {
             out.extend(piece.iter().map(|v| f64::from(*v)));
             Ok(())
