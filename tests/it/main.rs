@@ -2,13 +2,18 @@
 #![expect(clippy::unwrap_used, reason = "a test that unwraps nothing has failed, and says where")]
 #![expect(unreachable_pub, reason = "modules of a test binary share through pub")]
 
+mod bad_input;
 mod floors;
+mod golden;
 mod job_request;
 mod journey;
 mod openapi;
+mod operations;
 mod optim;
 mod parity;
 mod plan;
 mod private_postgres;
 mod source;
 mod support;
+mod training;
+mod transformers;

@@ -111,15 +111,20 @@ impl Tokens {
     /// Random documents of these lengths: labels shifted, the last of each masked.
     pub fn random(vocab: u64, lengths: &[u64], seed: u64) -> Self {
         let mut random = Random(seed);
+        let document = |length: &u64| (0..*length).map(|_| (random.next() % vocab) as i32).collect();
+        Self::of(&lengths.iter().map(document).collect::<Vec<Vec<i32>>>())
+    }
+
+    /// These documents in one sequence: labels shifted, the last of each masked.
+    pub fn of(documents: &[Vec<i32>]) -> Self {
         let mut out = Self { ids: vec![], labels: vec![], positions: vec![], documents: vec![] };
-        for length in lengths {
-            let start = out.ids.len() as u64;
-            let ids: Vec<i32> = (0..*length).map(|_| (random.next() % vocab) as i32).collect();
-            out.labels.extend_from_slice(&ids[1..]);
+        for document in documents {
+            let (start, length) = (out.ids.len() as u64, document.len());
+            out.ids.extend(document);
+            out.labels.extend_from_slice(&document[1..]);
             out.labels.push(-100);
-            out.ids.extend(ids);
-            out.positions.extend(0..*length as i32);
-            out.documents.push(start..start + length);
+            out.positions.extend(0..length as i32);
+            out.documents.push(start..start + length as u64);
         }
         out
     }
