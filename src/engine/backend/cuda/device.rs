@@ -4,7 +4,7 @@
 use std::sync::Arc;
 
 use cudarc::driver::{
-    CudaContext, CudaStream,
+    CudaContext, CudaEvent, CudaStream,
     result::{self, mem_get_info},
     sys::CUevent_flags,
 };
@@ -98,14 +98,15 @@ impl Device {
         self.stream.synchronize().map_err(driver("wait for the device"))
     }
 
-    /// Seconds that the device takes for what `queue` queues, by its own clock.
-    pub fn seconds(&self, queue: impl FnOnce() -> Result) -> Result<f64> {
-        let mark = || self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver("record an event"));
-        let start = mark()?;
-        queue()?;
-        let end = mark()?;
+    /// A mark after everything queued so far, which keeps the time it was reached.
+    pub fn mark(&self) -> Result<CudaEvent> {
+        self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver("record an event"))
+    }
+
+    /// Seconds between two marks, by the device's own clock. Waits for the second.
+    pub fn seconds_between(&self, start: &CudaEvent, end: &CudaEvent) -> Result<f64> {
         end.synchronize().map_err(driver("wait for an event"))?;
-        start.elapsed_ms(&end).map(|milliseconds| f64::from(milliseconds) / 1e3).map_err(driver("read a clock"))
+        start.elapsed_ms(end).map(|milliseconds| f64::from(milliseconds) / 1e3).map_err(driver("read a clock"))
     }
 
     /// Makes the GPU's context the calling thread's.
@@ -118,9 +119,8 @@ impl Drop for Device {
     fn drop(&mut self) {
         if self.bind().is_ok() && self.stream.synchronize().is_ok() {
             // SAFETY: allocated in `open` and freed nowhere else; the stream has nothing left that reads it.
-            let freed = unsafe { result::free_sync(self.arena) };
             // At the end of a process there is nobody left to tell; the driver takes the memory back in any case.
-            drop(freed);
+            let _ = unsafe { result::free_sync(self.arena) };
         }
     }
 }
