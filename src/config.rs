@@ -135,6 +135,8 @@ fn seconds(text: &str) -> Result<Duration, String> {
 /// What is measured.
 #[derive(Debug, Subcommand)]
 pub enum Bench {
+    /// Operations of the CUDA backend against the CPU reference, and their speed
+    Ops(bench::ops::Args),
     /// Optimizer steps, one JSON line each
     Step(bench::step::Args),
 }

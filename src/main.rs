@@ -33,6 +33,7 @@ fn main() -> ExitCode {
             let scratch = std::env::temp_dir();
             ended(bench::step::run(&args, &host::cpu(&scratch), &scratch, &mut io::stdout()))
         }
+        Role::Bench(Bench::Ops(args)) => ended(bench::ops::run(&args, &mut io::stdout())),
         Role::Model(Model::Init(args)) => ended(cli::model::init(&args)),
         Role::Upload(remote) => ask(&remote, upload::run),
         Role::Jobs(remote) => ask(&remote, jobs::run),

@@ -1,4 +1,5 @@
-//! `longhaul bench`: what a step costs on this machine, on random weights and random tokens.
+//! `longhaul bench`: what a step and its operations cost on this machine, on random data.
 
+pub mod ops;
 pub mod shapes;
 pub mod step;

@@ -1,0 +1,87 @@
+//! `longhaul bench ops`: each operation of the CUDA backend against the CPU reference, and its speed beside the machine's.
+//!
+//! Inputs are random and rounded to bf16 on both sides, so that the error is the kernel's own; outputs are poisoned first.
+//! One JSON line a measurement; an error over its bound fails the command after all lines are written.
+
+mod attention;
+mod rows;
+mod twin;
+
+use std::{io::Write, path::PathBuf};
+
+use serde_json::{Value, json};
+
+use self::twin::Twins;
+use crate::{
+    domain::Invalid,
+    engine::{
+        Error, Result,
+        backend::{cpu::Cpu, cuda::Cuda},
+    },
+};
+
+/// Flags of `longhaul bench ops`.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Args {
+    /// cuda: the CPU backend is the reference
+    #[arg(long, default_value = "cuda")]
+    pub device: String,
+    /// Folder that holds libcudnn.so.9, when it is neither on the library path nor among python3's packages
+    #[arg(long, value_name = "FOLDER")]
+    pub cudnn: Vec<PathBuf>,
+    /// Device memory for the tensors, in GiB; 24 hold every shape that is measured
+    #[arg(long, default_value_t = 24)]
+    pub memory: u64,
+    /// Longest key prefix that attention is timed against, in tokens
+    #[arg(long, default_value_t = 1 << 20)]
+    pub keys: u64,
+    /// Threads of the CPU reference; all cores by default
+    #[arg(long)]
+    pub threads: Option<usize>,
+}
+
+/// Where measurements go: counts those whose error is over the bound.
+struct Report<'a> {
+    out: &'a mut dyn Write,
+    wrong: Vec<String>,
+}
+
+impl Report<'_> {
+    fn line(&mut self, line: &Value) -> Result {
+        let written = writeln!(self.out, "{line}").and_then(|()| self.out.flush());
+        written.map_err(Error::file("standard output"))
+    }
+
+    /// Relative errors of an operation's outputs at one shape.
+    fn errors(&mut self, name: &str, shape: &Value, errors: &[(&str, f64)], bound: f64) -> Result {
+        // Written so that NaN is wrong.
+        let wrong = errors.iter().any(|(_, error)| !matches!(error.partial_cmp(&bound), Some(order) if order.is_le()));
+        if wrong {
+            self.wrong.push(format!("{name} {shape}"));
+        }
+        let outputs: serde_json::Map<String, Value> =
+            errors.iter().map(|(output, error)| ((*output).to_owned(), json!(error))).collect();
+        self.line(&json!({ "check": name, "shape": shape, "errors": outputs, "bound": bound, "right": !wrong }))
+    }
+}
+
+/// Checks and times every operation, a line each on `out`.
+pub fn run(args: &Args, out: &mut impl Write) -> Result {
+    if args.device != "cuda" {
+        return Err(Invalid::new("--device", format!("device is cuda, not {}", args.device)).into());
+    }
+    let cuda = Cuda::open(0, args.memory << 30, &args.cudnn)?;
+    let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
+    let mut report = Report { out, wrong: Vec::new() };
+    let (card, cudnn) = (cuda.device.name()?, cuda.cudnn_version());
+    report.line(&json!({ "card": card, "cudnn": cudnn, "multiprocessors": cuda.device.multiprocessors()? }))?;
+    let mut twins = Twins::new(Cpu::<f32>::new(threads)?, cuda, args.memory << 30)?;
+    rows::check(&mut twins, &mut report)?;
+    attention::check(&mut twins, &mut report)?;
+    rows::measure(&mut twins, &mut report)?;
+    attention::measure(&mut twins, &mut report, args.keys)?;
+    if report.wrong.is_empty() {
+        return Ok(());
+    }
+    Err(Error::Device { library: "longhaul", call: "bench ops".to_owned(), cause: report.wrong.join("; ") })
+}

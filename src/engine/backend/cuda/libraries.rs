@@ -1,0 +1,69 @@
+//! Finds NVIDIA's libraries before anything calls them: a call into one that is absent would panic inside the bindings.
+//!
+//! The driver comes with the machine. cuDNN is looked for on the library path, then in folders named by the user, then among
+//! the packages of the `python3` on the path (`nvidia/cudnn/lib`, where PyTorch's wheels put it); it finds cuBLASLt and NVRTC
+//! beside itself. A library found by path is loaded and kept, so that the bindings' search by name meets it.
+#![expect(unsafe_code, reason = "loading a library runs its initialisers")]
+
+use std::{
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use cudarc::{cudnn, driver};
+use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+
+use crate::engine::{Error, Result};
+
+/// File name of cuDNN's library: the one that the bindings also ask for.
+const CUDNN: &str = "libcudnn.so.9";
+
+/// Opens the driver and cuDNN, or says which is missing and where it was looked for.
+pub(super) fn open(folders: &[PathBuf]) -> Result {
+    // SAFETY: asks the dynamic loader for NVIDIA's driver, whose initialisers have no preconditions.
+    if !unsafe { driver::sys::is_culib_present() } {
+        return Err(Error::Missing(
+            "no NVIDIA driver on this machine: looked for libcuda.so and libcuda.so.1 on the library path".to_owned(),
+        ));
+    }
+    open_cudnn(folders)
+}
+
+fn open_cudnn(folders: &[PathBuf]) -> Result {
+    // SAFETY: as for the driver.
+    if unsafe { cudnn::sys::is_culib_present() } {
+        return Ok(());
+    }
+    let mut looked = vec![format!("{CUDNN} on the library path")];
+    let packages = python_packages().map(|folder| folder.join("nvidia/cudnn/lib"));
+    for folder in folders.iter().cloned().chain(packages) {
+        let path = folder.join(CUDNN);
+        match keep(&path) {
+            Ok(()) => return Ok(()),
+            Err(error) => looked.push(format!("{} ({error})", path.display())),
+        }
+    }
+    Err(Error::Missing(format!(
+        "cuDNN 9 not found: looked for {}; pip install nvidia-cudnn-cu13, or name its folder",
+        looked.join(", ")
+    )))
+}
+
+/// Loads a library for the rest of the process, its symbols visible to all.
+fn keep(path: &Path) -> std::result::Result<(), String> {
+    if !path.is_file() {
+        return Err("no such file".to_owned());
+    }
+    // SAFETY: the file is NVIDIA's cuDNN by name and place; its initialisers have no preconditions.
+    let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }.map_err(|error| error.to_string())?;
+    // The bindings hold pointers into it: it is never closed.
+    std::mem::forget(library);
+    Ok(())
+}
+
+/// The folder of installed packages of the `python3` on the path, if there is one.
+fn python_packages() -> Option<PathBuf> {
+    let ask = "import sysconfig; print(sysconfig.get_path('purelib'))";
+    let output = Command::new("python3").args(["-c", ask]).output().ok().filter(|output| output.status.success())?;
+    Some(PathBuf::from(String::from_utf8(output.stdout).ok()?.trim()))
+}
