@@ -29,10 +29,13 @@ fn main() {
             let name = source.file_stem().and_then(|stem| stem.to_str()).expect("kernel files have plain names");
             let fatbin = out.join(name).with_extension("fatbin");
             compile(&nvcc, &source, &fatbin);
-            writeln!(table, "    ({name:?}, include_bytes!({:?})),", fatbin.to_string_lossy()).expect("a String takes any text");
+            writeln!(table, "    ({name:?}, include_bytes!({:?})),", fatbin.to_string_lossy())
+                .expect("a String takes any text");
         }
     } else {
-        println!("cargo:warning=nvcc not found, GPU kernels are left out: run kernels/toolchain, or set NVCC or CUDA_HOME");
+        println!(
+            "cargo:warning=nvcc not found, GPU kernels are left out: run kernels/toolchain, or set NVCC or CUDA_HOME"
+        );
     }
     table.push_str("]\n");
     fs::write(out.join("fatbins.rs"), table).expect("OUT_DIR can be written");

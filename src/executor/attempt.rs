@@ -25,7 +25,7 @@ const SILENCE: Duration = ALIVE_INTERVAL.saturating_mul(15);
 /// How long a trainer whose job was cancelled may take to its next step boundary; nothing of its state is needed.
 const CANCEL_GRACE: Duration = Duration::from_secs(10);
 /// How long one whose job was paused may take to reach a step boundary and write a checkpoint.
-const PAUSE_GRACE: Duration = Duration::from_mins(60);
+const PAUSE_GRACE: Duration = Duration::from_hours(1);
 /// How long a settlement is tried while the database is away. After that the lease runs out and says it all.
 const SETTLE: Duration = Duration::from_mins(2);
 

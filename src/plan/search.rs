@@ -76,12 +76,11 @@ fn candidates(request: &Request) -> Vec<Plan> {
 /// Every combination of chunk size, place and number of kept inputs.
 fn bare_choices(request: &Request) -> Vec<Choice> {
     let model = request.model;
-    let chunks: Vec<u64> = match request.forced.chunk_tokens {
-        Some(chunk) => vec![chunk],
-        None => {
-            let longest = request.tokens.min(CHUNKS[0]);
-            CHUNKS.into_iter().filter(|c| *c < longest).chain([longest]).collect()
-        }
+    let chunks: Vec<u64> = if let Some(chunk) = request.forced.chunk_tokens {
+        vec![chunk]
+    } else {
+        let longest = request.tokens.min(CHUNKS[0]);
+        CHUNKS.into_iter().filter(|c| *c < longest).chain([longest]).collect()
     };
     let fewest = segments::fewest_slots(model.n_layers);
     let slots: Vec<u64> = match request.forced.checkpoint_slots {

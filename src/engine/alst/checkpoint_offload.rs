@@ -70,14 +70,12 @@ impl CheckpointOffload {
     /// # Panics
     /// When every slot is taken: the plan's segments promise that this cannot be.
     pub fn put<B: Backend>(&mut self, b: &mut B, layer: u64, rows: &Range<u64>, x: Tensor) -> Result {
-        let slot = match self.slot_of(layer) {
-            Some(slot) => slot,
-            None => {
-                let free =
-                    self.held.iter().position(Option::is_none).expect("the plan has a slot for every kept input");
-                self.held[free] = Some(layer);
-                free as u64
-            }
+        let slot = if let Some(slot) = self.slot_of(layer) {
+            slot
+        } else {
+            let free = self.held.iter().position(Option::is_none).expect("the plan has a slot for every kept input");
+            self.held[free] = Some(layer);
+            free as u64
         };
         let first = slot * self.rows + rows.start;
         match &self.slots {

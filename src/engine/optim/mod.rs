@@ -73,7 +73,7 @@ pub fn groups(parameters: impl IntoIterator<Item = (u64, bool)>) -> Vec<Group> {
     let mut start = 0;
     for (elements, norm) in parameters {
         match groups.last_mut() {
-            Some(last) if last.decayed == !norm => last.elements += elements,
+            Some(last) if last.decayed != norm => last.elements += elements,
             _ => groups.push(Group { start, elements, decayed: !norm }),
         }
         start += elements;

@@ -63,12 +63,11 @@ pub(super) fn train<B: Backend>(
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
     let mut session = Session::new(backend, plan, config, &run.work_dir.join("spill"))?;
-    let progress = match &run.resume_from {
-        Some(folder) => saved::resume(&mut session, folder)?,
-        None => {
-            saved::load_base(&mut session, &run.model)?;
-            Progress::default()
-        }
+    let progress = if let Some(folder) = &run.resume_from {
+        saved::resume(&mut session, folder)?
+    } else {
+        saved::load_base(&mut session, &run.model)?;
+        Progress::default()
     };
     let schedule = schedule(&run.training, data.order.total_steps);
     let mut job = Job { run, session, data, schedule, progress, seconds: 0.0, steps_timed: 0 };

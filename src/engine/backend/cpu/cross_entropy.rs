@@ -21,9 +21,10 @@ pub(super) fn cross_entropy<S: Storage>(
     let rows: Vec<(f64, bool)> = logits
         .par_chunks_mut(vocab)
         .zip(labels)
-        .map(|(row, label)| match usize::try_from(*label) {
-            Ok(label) => vectorised(|| one_row(row, label, gradient.map(S::Wide::of))),
-            Err(_) => {
+        .map(|(row, label)| {
+            if let Ok(label) = usize::try_from(*label) {
+                vectorised(|| one_row(row, label, gradient.map(S::Wide::of)))
+            } else {
                 if gradient.is_some() {
                     row.fill(S::narrow(S::Wide::ZERO));
                 }
