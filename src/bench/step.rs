@@ -128,8 +128,9 @@ fn steps<B: Backend>(
         let mut labels = ids[1..].to_vec();
         labels.push(-100);
         let positions: Vec<i32> = (0..args.tokens as i32).collect();
-        let documents = [0..args.tokens];
-        let batch = Batch { ids: &ids, labels: &labels, positions: &positions, documents: &documents };
+        let whole = 0..args.tokens;
+        let batch =
+            Batch { ids: &ids, labels: &labels, positions: &positions, documents: std::slice::from_ref(&whole) };
         let hyper = AdamW {
             learning_rate: 1e-4,
             beta1: 0.9,
