@@ -34,7 +34,9 @@ fn main() {
             writeln!(table, "    ({name:?}, include_bytes!({fatbin:?})),").expect("a String takes any text");
         }
     } else {
-        println!("cargo:warning=nvcc not found, GPU kernels are left out: run kernels/toolchain, or set NVCC or CUDA_HOME");
+        println!(
+            "cargo:warning=nvcc not found, GPU kernels are left out: run kernels/toolchain, or set NVCC or CUDA_HOME"
+        );
     }
     table.push_str("]\n");
     fs::write(out.join("fatbins.rs"), table).expect("OUT_DIR can be written");

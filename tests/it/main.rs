@@ -4,6 +4,7 @@
 
 mod floors;
 mod job_request;
+mod kernels;
 mod openapi;
 mod optim;
 mod parity;

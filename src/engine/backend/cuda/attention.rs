@@ -94,7 +94,12 @@ impl Cuda {
     }
 
     /// Addresses of q, k, v, o and the log-sum-exps of a call.
-    fn operands(&self, call: Call, heads: Heads, (q, k, v, o, lse): (Tensor, Tensor, Tensor, Tensor, Tensor)) -> [u64; 5] {
+    fn operands(
+        &self,
+        call: Call,
+        heads: Heads,
+        (q, k, v, o, lse): (Tensor, Tensor, Tensor, Tensor, Tensor),
+    ) -> [u64; 5] {
         let (column, kv_column) = (call.head * heads.head_dim, call.kv_head * heads.head_dim);
         [
             self.element(q, call.row, column),

@@ -1,5 +1,8 @@
 //! One GPU: its context, the compute stream, the arena of tensors, and blocking copies between it and the host.
-#![expect(unsafe_code, reason = "device memory is addressed by number: the driver's copies and fills take raw addresses")]
+#![expect(
+    unsafe_code,
+    reason = "device memory is addressed by number: the driver's copies and fills take raw addresses"
+)]
 
 use std::sync::Arc;
 
@@ -78,10 +81,8 @@ impl Device {
         let (to_address, from_address) = (self.address(to), self.address(from));
         self.bind()?;
         // SAFETY: both lie in the arena with the same number of bytes; the stream orders the copy among operations.
-        unsafe {
-            result::memcpy_dtod_async(to_address, from_address, to.bytes() as usize, self.stream.cu_stream())
-        }
-        .map_err(driver("copy on the device"))
+        unsafe { result::memcpy_dtod_async(to_address, from_address, to.bytes() as usize, self.stream.cu_stream()) }
+            .map_err(driver("copy on the device"))
     }
 
     /// Queues setting every byte of a tensor: 0 for zeros, 0xff for a NaN in every float.

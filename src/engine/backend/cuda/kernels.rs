@@ -67,7 +67,8 @@ impl Kernels {
         let mut functions = HashMap::new();
         for (file, names) in KERNELS {
             let fatbin = fatbins.iter().find(|(name, _)| name == file).map(|(_, bytes)| *bytes);
-            let fatbin = fatbin.ok_or_else(|| Error::Missing(format!("this binary was built without kernels/{file}.cu")))?;
+            let fatbin =
+                fatbin.ok_or_else(|| Error::Missing(format!("this binary was built without kernels/{file}.cu")))?;
             let module = device.context.load_module(Ptx::from_binary(fatbin.to_vec())).map_err(driver(file))?;
             for name in *names {
                 let function = module.load_function(name).map_err(driver(name))?;

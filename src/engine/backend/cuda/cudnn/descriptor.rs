@@ -5,8 +5,8 @@ use std::{ffi::c_void, ptr, sync::Arc};
 
 use cudarc::{
     cudnn::sys::{
-        self, cudnnBackendAttributeName_t as Attribute, cudnnBackendAttributeType_t as Type,
-        cudnnBackendDescriptorType_t as Kind, cudnnBackendDescriptor_t, cudnnHandle_t, cudnnStatus_t,
+        self, cudnnBackendAttributeName_t as Attribute, cudnnBackendAttributeType_t as Type, cudnnBackendDescriptor_t,
+        cudnnBackendDescriptorType_t as Kind, cudnnHandle_t, cudnnStatus_t,
     },
     driver::CudaStream,
 };
@@ -48,9 +48,7 @@ impl Library {
     /// The pack must bind every tensor of the plan to memory of its size.
     pub(super) fn execute(&self, plan: &Descriptor, pack: &Descriptor) -> Result {
         // SAFETY: both descriptors are finalized; the caller bound what the plan needs.
-        check(unsafe { sys::cudnnBackendExecute(self.handle, plan.raw, pack.raw) }, || {
-            "cudnnBackendExecute".to_owned()
-        })
+        check(unsafe { sys::cudnnBackendExecute(self.handle, plan.raw, pack.raw) }, || "cudnnBackendExecute".to_owned())
     }
 }
 
@@ -148,8 +146,9 @@ impl Descriptor {
         let (mut value, mut count) = (0i64, 0i64);
         let start = (&raw mut value).cast();
         // SAFETY: room for one int64, and one is asked for.
-        let status =
-            unsafe { sys::cudnnBackendGetAttribute(self.raw, attribute, Type::CUDNN_TYPE_INT64, 1, &raw mut count, start) };
+        let status = unsafe {
+            sys::cudnnBackendGetAttribute(self.raw, attribute, Type::CUDNN_TYPE_INT64, 1, &raw mut count, start)
+        };
         check(status, || format!("read {attribute:?}"))?;
         Ok(value)
     }
@@ -168,9 +167,8 @@ impl Descriptor {
         let start = raw.as_mut_ptr().cast();
         let mut filled = 0i64;
         // SAFETY: `raw` holds `count` live descriptors of the kind that the attribute lists; the library fills them.
-        let status = unsafe {
-            sys::cudnnBackendGetAttribute(self.raw, attribute, descriptors, count, &raw mut filled, start)
-        };
+        let status =
+            unsafe { sys::cudnnBackendGetAttribute(self.raw, attribute, descriptors, count, &raw mut filled, start) };
         check(status, || format!("read {attribute:?}"))?;
         list.truncate(filled.max(0) as usize);
         Ok(list)

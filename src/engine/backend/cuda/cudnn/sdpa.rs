@@ -97,8 +97,7 @@ impl Graph {
         let mut row = self.between(numbers)?;
         self.index(row, scores, 2)?;
         if shape.keys != shape.queries {
-            let steps =
-                [(Pointwise::CUDNN_POINTWISE_ADD, shape.keys), (Pointwise::CUDNN_POINTWISE_SUB, shape.queries)];
+            let steps = [(Pointwise::CUDNN_POINTWISE_ADD, shape.keys), (Pointwise::CUDNN_POINTWISE_SUB, shape.queries)];
             for (mode, count) in steps {
                 let (moved, count) = (self.between(numbers)?, self.integer(count as i32)?);
                 self.pointwise(mode, moved, row, Some(count), I32)?;
