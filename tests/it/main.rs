@@ -7,6 +7,7 @@ mod floors;
 mod golden;
 mod job_request;
 mod journey;
+mod kernels;
 mod openapi;
 mod operations;
 mod optim;
