@@ -3,6 +3,7 @@
 #![expect(unreachable_pub, reason = "modules of a test binary share through pub")]
 
 mod floors;
+mod http;
 mod job_request;
 mod openapi;
 mod optim;
@@ -10,4 +11,5 @@ mod parity;
 mod plan;
 mod private_postgres;
 mod source;
+mod store;
 mod support;
