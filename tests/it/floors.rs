@@ -180,7 +180,8 @@ fn unsafe_code(file: &File) -> Vec<String> {
 }
 
 fn environment(file: &File) -> Vec<String> {
-    if !file.path.ends_with(".rs") || file.path.starts_with("tests/") || ENVIRONMENT.contains(&file.path.as_str()) {
+    let product = !file.path.starts_with("tests/") && !file.path.starts_with("benches/");
+    if !file.path.ends_with(".rs") || !product || ENVIRONMENT.contains(&file.path.as_str()) {
         return Vec::new();
     }
     const READERS: [&str; 9] =

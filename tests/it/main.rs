@@ -5,6 +5,7 @@
 mod bad_input;
 mod floors;
 mod golden;
+mod http;
 mod job_request;
 mod journey;
 mod kernels;
@@ -15,6 +16,7 @@ mod parity;
 mod plan;
 mod private_postgres;
 mod source;
+mod store;
 mod support;
 mod training;
 mod transformers;

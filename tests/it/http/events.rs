@@ -1,0 +1,91 @@
+//! A job's story over HTTP: its events, newest first, with the numbers of every step.
+
+use longhaul::domain::progress::Evaluation;
+use serde_json::{Value, json};
+
+use crate::support::{
+    rows::{self, LONG},
+    service::Service,
+};
+
+#[tokio::test]
+async fn steps_and_evaluations_become_metrics_events() {
+    let service = Service::new("metrics").await;
+    let held = rows::running(&service.store, LONG).await;
+    let evaluation = Evaluation { step: 2, valid_loss: 1.5, valid_mean_token_accuracy: 0.75, valid_labels: 99 };
+    for step in 1..=2 {
+        assert!(service.store.record_step(&held.job, held.epoch, &rows::step(step, 4)).await.unwrap());
+    }
+    assert!(service.store.record_evaluation(&held.job, held.epoch, &evaluation).await.unwrap());
+    let path = format!("/v1/fine_tuning/jobs/{}", held.job);
+    let page = service.get(&format!("{path}/events")).await.json();
+    let events = page["data"].as_array().unwrap();
+    assert_eq!(page["has_more"], false);
+    let told: Vec<&str> = events.iter().map(|event| event["message"].as_str().unwrap()).collect();
+    let created = format!("Created fine-tuning job: {}", held.job);
+    let expected = [
+        "Step 2: validation loss=1.5000",
+        "Step 2/4: training loss=1.2500",
+        "Step 1/4: training loss=2.5000",
+        "Fine-tuning job started",
+        "Files validated, moving job to queued state",
+        &created,
+    ];
+    assert_eq!(told, expected);
+    for event in events {
+        assert_eq!((&event["object"], &event["level"]), (&json!("fine_tuning.job.event"), &json!("info")));
+        assert!(event["created_at"].is_i64() && event["data"].is_object());
+    }
+    let kinds: Vec<&Value> = events.iter().map(|event| &event["type"]).collect();
+    assert_eq!(kinds, ["metrics", "metrics", "metrics", "message", "message", "message"]);
+    let data = &events[1]["data"];
+    for (name, expected) in [
+        ("step", json!(2)),
+        ("total_steps", json!(4)),
+        ("train_loss", json!(1.25)),
+        ("train_mean_token_accuracy", json!(0.25)),
+        ("learning_rate", json!(1e-5)),
+        ("tokens_seen", json!(256)),
+    ] {
+        assert_eq!(data[name], expected, "{name}");
+    }
+    assert_eq!(events[0]["data"]["full_valid_loss"], json!(1.5));
+
+    let job = service.get(&path).await.json();
+    assert_eq!((&job["progress"]["step"], &job["trained_tokens"]), (&json!(2), &json!(256)));
+    assert!(job["estimated_finish"].as_i64() > job["created_at"].as_i64());
+}
+
+#[tokio::test]
+async fn events_go_page_by_page() {
+    let service = Service::new("events").await;
+    let held = rows::running(&service.store, LONG).await;
+    for step in 1..=7 {
+        assert!(service.store.record_step(&held.job, held.epoch, &rows::step(step, 7)).await.unwrap());
+    }
+    let path = format!("/v1/fine_tuning/jobs/{}/events", held.job);
+    let whole = service.get(&path).await.ids();
+    assert_eq!(whole.len(), 10);
+    let mut walked: Vec<String> = Vec::new();
+    loop {
+        let after = walked.last().map_or_else(String::new, |id| format!("&after={id}"));
+        let page = service.get(&format!("{path}?limit=3{after}")).await;
+        walked.extend(page.ids());
+        if page.json()["has_more"] == false {
+            break;
+        }
+    }
+    assert_eq!(walked, whole);
+
+    let other = rows::job(&service.store).await;
+    let foreign = service.get(&format!("/v1/fine_tuning/jobs/{other}/events")).await.ids();
+    for (query, param) in [
+        ("limit=0".to_owned(), "limit"),
+        ("limit=1001".to_owned(), "limit"),
+        ("after=ftevent-none".to_owned(), "after"),
+        (format!("after={}", foreign[0]), "after"),
+    ] {
+        service.get(&format!("{path}?{query}")).await.error(400, param);
+    }
+    service.get("/v1/fine_tuning/jobs/ftjob-none/events").await.error(404, "");
+}

@@ -1,0 +1,250 @@
+//! Making jobs: what is echoed, what is refused and by which field, and that a repeated request makes one job.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::support::service::{Service, body};
+
+const JOBS: &str = "/v1/fine_tuning/jobs";
+const GIB: u64 = 1 << 30;
+
+#[tokio::test]
+async fn a_job_echoes_what_was_asked_with_every_default_filled_in() {
+    let service = Service::new("create").await;
+    service.host(GIB).await;
+    let (first, second) = (service.upload("a.txt", b"one").await, service.upload("b.jsonl", b"{}").await);
+    let valid = service.upload("v.md", b"three").await;
+    let asked = json!({
+        "model": "tiny", "training_file": first, "validation_file": valid, "suffix": "my-run.1", "seed": 42,
+        "metadata": {"team": "blue", "note": ""}, "integrations": [],
+        "method": {"type": "supervised", "supervised": {"hyperparameters":
+            {"n_epochs": 3, "batch_size": 2, "learning_rate_multiplier": 0.5}}},
+        "training": {"sequence_length": 256, "long_documents": "split", "schedule": "linear", "warmup_steps": 4,
+            "additional_training_files": [second], "evaluation_interval": 5},
+    });
+    let job = service.post(JOBS, &asked).await.json();
+    let numbers = json!({"n_epochs": 3, "batch_size": 2, "learning_rate_multiplier": 0.5});
+    for (field, expected) in [
+        ("object", json!("fine_tuning.job")),
+        ("model", json!("tiny")),
+        ("training_file", json!(first)),
+        ("validation_file", json!(valid)),
+        ("status", json!("validating_files")),
+        ("hyperparameters", numbers.clone()),
+        ("method", json!({"type": "supervised", "supervised": {"hyperparameters": numbers}})),
+        ("seed", json!(42)),
+        ("metadata", json!({"team": "blue", "note": ""})),
+        ("user_provided_suffix", json!("my-run.1")),
+        ("error", Value::Null),
+        ("fine_tuned_model", Value::Null),
+        ("finished_at", Value::Null),
+        ("trained_tokens", Value::Null),
+        ("estimated_finish", Value::Null),
+        ("result_files", json!([])),
+        ("integrations", json!([])),
+    ] {
+        assert_eq!(job[field], expected, "{field}");
+        assert!(job.get(field).is_some(), "{field} is always there");
+    }
+    let training = &job["training"];
+    for (field, expected) in [
+        ("sequence_length", json!(256)),
+        ("long_documents", json!("split")),
+        ("schedule", json!("linear")),
+        ("warmup_steps", json!(4)),
+        ("n_epochs", json!(3)),
+        ("gradient_accumulation_steps", json!(2)),
+        ("learning_rate", json!(5e-6)),
+        ("weight_decay", json!(0.1)),
+        ("beta2", json!(0.95)),
+        ("precision", json!("f32")),
+        ("packing", json!(true)),
+        ("seed", json!(42)),
+        ("additional_training_files", json!([second])),
+        ("additional_validation_files", json!([])),
+    ] {
+        assert_eq!(training[field], expected, "training.{field}");
+    }
+    let path = format!("{JOBS}/{}", job["id"].as_str().unwrap());
+    assert_eq!(service.get(&path).await.json(), job);
+
+    let seeds: Vec<Value> =
+        [service.job(json!({})).await, service.job(json!({})).await].map(|j| j["seed"].clone()).into();
+    assert!(seeds.iter().all(|seed| seed.as_u64().is_some_and(|seed| seed < 1 << 31)), "{seeds:?}");
+    assert_ne!(seeds[0], seeds[1], "a seed is drawn where none is given");
+}
+
+#[tokio::test]
+async fn every_number_of_training_out_of_range_is_told_by_its_path() {
+    let service = Service::new("numbers").await;
+    let file = service.upload("a.txt", b"text").await;
+    let whole: [(&str, u64, u64); 8] = [
+        ("sequence_length", 2, 1 << 30),
+        ("n_epochs", 1, 1000),
+        ("max_steps", 1, 100_000_000),
+        ("gradient_accumulation_steps", 1, 65_536),
+        ("warmup_steps", 0, 100_000_000),
+        ("checkpoint_interval", 1, 100_000_000),
+        ("evaluation_interval", 1, 100_000_000),
+        ("seed", 0, i32::MAX as u64),
+    ];
+    let real: [(&str, Value); 7] = [
+        ("learning_rate", json!(10.1)),
+        ("min_lr_ratio", json!(1.1)),
+        ("weight_decay", json!(10.1)),
+        ("beta1", json!(1)),
+        ("beta2", json!(1)),
+        ("epsilon", json!(1.1)),
+        ("max_grad_norm", json!(1.1e9)),
+    ];
+    let mut cases: Vec<(&str, Value)> = Vec::new();
+    for (field, low, high) in whole {
+        cases.extend([json!(high + 1), json!(1.5), json!(-1), json!(u64::MAX)].map(|bad| (field, bad)));
+        if low > 0 {
+            cases.push((field, json!(low - 1)));
+        }
+    }
+    for (field, high) in real {
+        cases.extend([high, json!(-1e-9), json!(1e300)].map(|bad| (field, bad)));
+    }
+    let fields: Vec<&str> = whole.iter().map(|w| w.0).chain(["learning_rate", "beta1", "epsilon"]).collect();
+    for field in fields {
+        cases.extend([json!("3"), json!("auto"), json!(true), json!([1]), json!({})].map(|bad| (field, bad)));
+    }
+    cases.extend([("learning_rate", json!(0)), ("epsilon", json!(0))]);
+    cases.extend(["long_documents", "schedule", "precision", "device", "packing"].map(|field| (field, json!("other"))));
+    for (field, bad) in cases {
+        let asked = body(&file, json!({"validation_file": null, "training": {field: bad}}));
+        let answer = service.post(JOBS, &asked).await;
+        let error = answer.error(400, &format!("training.{field}"));
+        assert!(error["message"].as_str().unwrap().contains(field), "{bad}: {error}");
+    }
+    assert_eq!(service.count("jobs").await, 0);
+}
+
+#[tokio::test]
+async fn other_fields_are_told_by_their_path_too() {
+    let service = Service::new("fields").await;
+    let file = service.upload("a.txt", b"text").await;
+    let hyper = |h: Value| json!({"method": {"type": "supervised", "supervised": {"hyperparameters": h}}});
+    let path = "method.supervised.hyperparameters";
+    for (changes, param) in [
+        (json!({"model": null}), "model"),
+        (json!({"model": 7}), "model"),
+        (json!({"training_file": null}), "training_file"),
+        (json!({"training_file": "file-none"}), "training_file"),
+        (json!({"training_file": "../etc"}), "training_file"),
+        (json!({"validation_file": "file-none"}), "validation_file"),
+        (json!({"training": {"additional_training_files": ["file-none"]}}), "training.additional_training_files[0]"),
+        (json!({"suffix": "a:b"}), "suffix"),
+        (json!({"suffix": "s".repeat(65)}), "suffix"),
+        (json!({"seed": -1}), "seed"),
+        (json!({"metadata": {"k": 1}}), "metadata.k"),
+        (json!({"integrations": [{"type": "wandb"}]}), "integrations"),
+        (json!({"method": {"type": "dpo"}}), "method.type"),
+        (hyper(json!({"n_epochs": 0})), &format!("{path}.n_epochs")),
+        (hyper(json!({"batch_size": 65_537})), &format!("{path}.batch_size")),
+        (hyper(json!({"learning_rate_multiplier": 0})), &format!("{path}.learning_rate_multiplier")),
+        (json!({"trainign": {}}), "trainign"),
+        (json!({"training": {"sequence_lenght": 5}}), "training.sequence_lenght"),
+        (json!({"training": {"evaluation_interval": 5}}), "training.evaluation_interval"),
+    ] {
+        service.post(JOBS, &body(&file, changes)).await.error(400, param);
+    }
+    let images = crate::support::form::Form::new().field("purpose", "vision").file("a.txt", b"x").request();
+    let image = service.send(images).await.json()["id"].as_str().unwrap().to_owned();
+    assert_eq!(service.post(JOBS, &body(&image, json!({}))).await.error(400, "training_file")["code"], "wrong_purpose");
+    assert_eq!(service.count("jobs").await, 0);
+}
+
+#[tokio::test]
+async fn an_unknown_model_is_refused_with_those_there_are() {
+    let service = Service::new("unknown").await;
+    service.host(GIB).await;
+    let file = service.upload("a.txt", b"text").await;
+    let error = service.post(JOBS, &body(&file, json!({"model": "gpt-9"}))).await.error(400, "model");
+    assert_eq!(error["code"], "model_not_found");
+    assert!(error["message"].as_str().unwrap().contains("tiny"), "{error}");
+    let error = service.post(JOBS, &body(&file, json!({"model": "broken"}))).await.error(400, "model");
+    assert!(error["message"].as_str().unwrap().contains("another family"), "{error}");
+    let cuda = body(&file, json!({"training": {"device": "cuda"}}));
+    assert_eq!(service.post(JOBS, &cuda).await.error(400, "training.device")["code"], "no_such_device");
+}
+
+#[tokio::test]
+async fn a_sequence_too_long_is_refused_with_the_longest_that_fits() {
+    let service = Service::new("long").await;
+    service.host(24 << 20).await;
+    let file = service.upload("a.txt", b"text").await;
+    let of = |length: u64| body(&file, json!({"training": {"sequence_length": length, "max_steps": length}}));
+    let error = service.post(JOBS, &of(1 << 24)).await.error(400, "training.sequence_length");
+    assert_eq!(error["code"], "sequence_too_long");
+    let message = error["message"].as_str().unwrap();
+    let (_, rest) = message.split_once("longest sequence that fits is ").expect(message);
+    let longest: u64 = rest.split(' ').next().unwrap().parse().unwrap();
+    assert!(longest >= 128, "{message}");
+    service.post(JOBS, &of(longest)).await.json();
+    service.post(JOBS, &of(longest + 1)).await.error(400, "training.sequence_length");
+}
+
+#[tokio::test]
+async fn without_an_executor_a_job_is_taken_with_a_warning() {
+    let service = Service::new("alone").await;
+    let job = service.job(json!({})).await;
+    let events = service.get(&format!("{JOBS}/{}/events", job["id"].as_str().unwrap())).await.json();
+    let warning = &events["data"][0];
+    assert_eq!(warning["level"], "warn");
+    assert!(warning["message"].as_str().unwrap().contains("No executor"), "{warning}");
+
+    service.host(GIB).await;
+    let beyond = service.job(json!({"training": {"sequence_length": 1024}})).await;
+    let events = service.get(&format!("{JOBS}/{}/events", beyond["id"].as_str().unwrap())).await.json();
+    assert!(events["data"][0]["message"].as_str().unwrap().contains("512"), "{events}");
+}
+
+#[tokio::test]
+async fn one_key_makes_one_job() {
+    let service = Service::new("key").await;
+    let file = service.upload("a.txt", b"text").await;
+    let asked = body(&file, json!({"suffix": "a"}));
+    let post = async |asked: &Value, key: &str| service.post_with(JOBS, asked, &[("idempotency-key", key)]).await;
+    let first = post(&asked, "one").await.json();
+    assert_eq!(post(&asked, "one").await.json(), first, "the same key and body is the same job");
+    assert_ne!(post(&asked, "two").await.json()["id"], first["id"]);
+    assert_ne!(service.post(JOBS, &asked).await.json()["id"], first["id"]);
+    let other = post(&body(&file, json!({"suffix": "b"})), "one").await;
+    assert_eq!(other.error(409, "Idempotency-Key")["code"], "idempotency_key_reused");
+    assert_eq!(other.header("x-should-retry"), Some("false"));
+    post(&asked, &"k".repeat(256)).await.error(400, "Idempotency-Key");
+    post(&asked, "").await.error(400, "Idempotency-Key");
+    assert_eq!(service.count("jobs").await, 3);
+
+    let at_once = futures_util::future::join_all((0..6).map(|_| post(&asked, "many"))).await;
+    let mut ids: Vec<Value> = at_once.iter().map(|answer| answer.json()["id"].clone()).collect();
+    ids.dedup();
+    assert_eq!(ids.len(), 1, "six at once make one job");
+}
+
+#[tokio::test]
+async fn what_a_client_sends_again_makes_one_job() {
+    let service = Service::new("replay").await;
+    let file = service.upload("a.txt", b"text").await;
+    let asked = body(&file, json!({}));
+    let post = async |retry: &str| service.post_with(JOBS, &asked, &[("x-stainless-retry-count", retry)]).await.json();
+    let first = post("0").await;
+    assert_eq!(post("1").await["id"], first["id"]);
+    assert_eq!(post("2").await["id"], first["id"]);
+    let second = post("0").await;
+    assert_ne!(second["id"], first["id"], "a new request is a new job");
+    assert_eq!(post("1").await["id"], second["id"], "the newest is the one that is repeated");
+    let other = body(&file, json!({"suffix": "other"}));
+    let fresh = service.post_with(JOBS, &other, &[("x-stainless-retry-count", "1")]).await.json();
+    assert_ne!(fresh["id"], second["id"], "another body is another job");
+
+    let window = Duration::from_mins(16).as_secs();
+    let age = format!("UPDATE jobs SET created_at = created_at - make_interval(secs => {window})");
+    sqlx::Executor::execute(&mut service.database.connection().await, sqlx::AssertSqlSafe(age)).await.unwrap();
+    let late = post("1").await["id"].clone();
+    assert!(late != first["id"] && late != second["id"], "an old job is no answer to a retry");
+}

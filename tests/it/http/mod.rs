@@ -1,0 +1,10 @@
+//! The service's promises over HTTP, against a real database.
+
+mod checkpoints;
+mod commands;
+mod events;
+mod faults;
+mod files;
+mod job_creation;
+mod job_life;
+mod refused_uploads;
