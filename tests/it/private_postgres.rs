@@ -14,7 +14,7 @@ use sqlx::{Connection, Executor, PgConnection, Row};
 use crate::support::{Sandbox, cluster_settings};
 
 /// Longest wait for something that is bound to happen.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 
 async fn start(settings: &Settings) -> Result<Postgres, Error> {
     let settings = settings.clone();

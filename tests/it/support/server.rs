@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 /// Longest wait for anything: a test that waits so long has failed.
-const PATIENCE: Duration = Duration::from_secs(240);
+const PATIENCE: Duration = Duration::from_mins(4);
 const LOOK: Duration = Duration::from_millis(50);
 
 /// A `longhaul` process of a role, with its log in a file. Killed when dropped.
