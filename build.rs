@@ -3,8 +3,6 @@
 //! nvcc is taken from `NVCC`, `$CUDA_HOME/bin/nvcc` or the wheels that `kernels/toolchain` installs. Without one the table is
 //! empty: the binary builds, trains on the CPU, and says what it lacks when asked for a GPU.
 
-#![expect(clippy::print_stdout, reason = "cargo reads a build script's directives from its standard output")]
-
 use std::{
     env,
     fmt::Write as _,
@@ -31,6 +29,7 @@ fn main() {
             let name = source.file_stem().and_then(|stem| stem.to_str()).expect("kernel files have plain names");
             let fatbin = out.join(name).with_extension("fatbin");
             compile(&nvcc, &source, &fatbin);
+            let fatbin = fatbin.to_str().expect("OUT_DIR is plain text");
             writeln!(table, "    ({name:?}, include_bytes!({fatbin:?})),").expect("a String takes any text");
         }
     } else {
