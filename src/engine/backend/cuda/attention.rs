@@ -111,6 +111,9 @@ impl Cuda {
     }
 
     /// `Backend::attention`.
+    ///
+    /// # Panics
+    /// When the workspace is smaller than [`Cuda::attention_workspace`].
     pub fn attention(
         &mut self,
         o: Tensor,
@@ -132,6 +135,9 @@ impl Cuda {
     }
 
     /// `Backend::attention_backward`. The spread of dq, dk and dv between runs is that of cuDNN's atomic additions.
+    ///
+    /// # Panics
+    /// When the workspace is smaller than [`Cuda::attention_workspace`].
     pub fn attention_backward(
         &mut self,
         grads: AttentionGrads,

@@ -60,6 +60,9 @@ impl Device {
     }
 
     /// Copies host bytes into a tensor. Blocks.
+    ///
+    /// # Panics
+    /// When the two sides differ in bytes.
     pub fn upload(&self, to: Tensor, bytes: &[u8]) -> Result {
         assert_eq!(to.bytes(), bytes.len() as u64, "bytes of a tensor");
         self.bind()?;
@@ -68,6 +71,9 @@ impl Device {
     }
 
     /// Copies a tensor out to host bytes, after everything queued so far. Blocks.
+    ///
+    /// # Panics
+    /// When the two sides differ in bytes.
     pub fn download(&self, from: Tensor, bytes: &mut [u8]) -> Result {
         assert_eq!(from.bytes(), bytes.len() as u64, "bytes of a tensor");
         self.synchronize()?;
@@ -76,6 +82,9 @@ impl Device {
     }
 
     /// Queues `to = from`: same bytes, no overlap.
+    ///
+    /// # Panics
+    /// When the two sides differ in bytes.
     pub fn copy(&self, to: Tensor, from: Tensor) -> Result {
         assert_eq!(to.bytes(), from.bytes(), "bytes of a copy");
         let (to_address, from_address) = (self.address(to), self.address(from));

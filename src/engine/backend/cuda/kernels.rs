@@ -87,7 +87,7 @@ impl Kernels {
         if grid.blocks == 0 {
             return Ok(());
         }
-        let blocks = u32::try_from(grid.blocks).ok().filter(|blocks| *blocks <= i32::MAX as u32);
+        let blocks = u32::try_from(grid.blocks).ok().filter(|blocks| i32::try_from(*blocks).is_ok());
         let blocks = blocks.unwrap_or_else(|| panic!("{name}: {} blocks are more than a grid holds", grid.blocks));
         let mut launch = device.stream.launch_builder(&self.functions[name]);
         for argument in arguments {

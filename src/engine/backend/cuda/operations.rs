@@ -47,6 +47,9 @@ impl Cuda {
     }
 
     /// `Backend::rmsnorm_backward`. Rows of up to 24,576 elements: a block keeps its gain sums in shared memory.
+    ///
+    /// # Panics
+    /// When a row is longer than that.
     pub fn rmsnorm_backward(&mut self, dx: Tensor, dw: Tensor, dy: Tensor, x: Tensor, w: Tensor, eps: f64) -> Result {
         let (n, h) = (x.rows, x.cols);
         for (name, tensor) in [("dx", dx), ("dy", dy), ("x", x)] {
