@@ -188,14 +188,14 @@ impl ModelConfig {
     }
 
     fn check(&self, fields: &Fields) -> Result<(), Invalid> {
-        if self.n_heads % self.n_kv_heads != 0 {
+        if !self.n_heads.is_multiple_of(self.n_kv_heads) {
             let message = format!("{} query heads cannot share {} kv heads evenly", self.n_heads, self.n_kv_heads);
             return fields.refuse("num_key_value_heads", message);
         }
-        if self.head_dim == 0 || self.head_dim % 2 != 0 {
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             return fields.refuse("head_dim", format!("head_dim must be even and above 0, not {}", self.head_dim));
         }
-        if fields.value("head_dim").is_none() && self.hidden_size % self.n_heads != 0 {
+        if fields.value("head_dim").is_none() && !self.hidden_size.is_multiple_of(self.n_heads) {
             let message = format!("hidden_size {} is not a multiple of {} heads", self.hidden_size, self.n_heads);
             return fields.refuse("num_attention_heads", message);
         }

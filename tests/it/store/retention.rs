@@ -54,7 +54,7 @@ async fn bytes_that_no_row_names_are_swept() {
     let (kept, _) = rows::checkpoint(&store, &sandbox, &held, 1, false, FILES).await;
     let (twice, recorded) = rows::checkpoint(&store, &sandbox, &held, 1, false, FILES).await;
     assert!(matches!(recorded, Recorded::Before(_)));
-    assert_eq!(store.sweep_weights(Duration::from_secs(3600)).await.unwrap(), 0, "young bytes may be in the making");
+    assert_eq!(store.sweep_weights(Duration::from_hours(1)).await.unwrap(), 0, "young bytes may be in the making");
     assert_eq!(store.sweep_weights(Duration::ZERO).await.unwrap(), 3);
     assert!(store.weights().read(&twice, "config.json", 0..2).await.unwrap().is_none());
     assert!(store.weights().read(&kept, "config.json", 0..2).await.unwrap().is_some());
@@ -71,7 +71,7 @@ async fn uploads_past_their_end_and_abandoned_ones_are_swept() {
     let abandoned = abandoned.finish().await.unwrap();
     let past = format!("UPDATE files SET expires_at = now() - interval '1 s' WHERE id = '{expired}'");
     database.connection().await.execute(sqlx::AssertSqlSafe(past)).await.unwrap();
-    assert_eq!(store.sweep_files(Duration::from_secs(3600)).await.unwrap(), 1, "the expired file");
+    assert_eq!(store.sweep_files(Duration::from_hours(1)).await.unwrap(), 1, "the expired file");
     assert_eq!(store.sweep_files(Duration::ZERO).await.unwrap(), 1, "the blob that no file was made of");
     assert_eq!(store.delete_file(&expired).await.unwrap(), Deletion::Absent);
     assert!(store.file(&kept).await.unwrap().is_some());

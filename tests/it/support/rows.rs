@@ -21,7 +21,7 @@ use sha2::{Digest, Sha256};
 use super::Sandbox;
 
 /// A lease that outlives every test.
-pub const LONG: Duration = Duration::from_secs(600);
+pub const LONG: Duration = Duration::from_mins(10);
 
 /// A stored file.
 pub async fn file(store: &Store, content: &'static [u8]) -> FileId {
