@@ -180,12 +180,12 @@ fn unsafe_code(file: &File) -> Vec<String> {
 }
 
 fn environment(file: &File) -> Vec<String> {
+    const READERS: [&str; 9] =
+        ["var", "vars", "var_os", "vars_os", "set_var", "remove_var", "args", "args_os", "temp_dir"];
     let product = !file.path.starts_with("tests/") && !file.path.starts_with("benches/");
     if !file.path.ends_with(".rs") || !product || ENVIRONMENT.contains(&file.path.as_str()) {
         return Vec::new();
     }
-    const READERS: [&str; 9] =
-        ["var", "vars", "var_os", "vars_os", "set_var", "remove_var", "args", "args_os", "temp_dir"];
     let reads =
         |path: &Vec<String>| path.windows(2).any(|pair| pair[0] == "env" && READERS.contains(&pair[1].as_str()));
     let mut complaints: Vec<String> =

@@ -66,7 +66,7 @@ async fn a_body_that_is_no_form_is_refused() {
     let bare = Request::post("/v1/files").body(Body::empty()).unwrap();
     service.send(bare).await.error(400, "body");
     service.send(upload("this is no multipart body".into())).await.error(400, "body");
-    let mut cut = Form::training("a.txt", &[b'x'; 100_000]).bytes();
+    let mut cut = Form::training("a.txt", &vec![b'x'; 100_000]).bytes();
     cut.truncate(90_000);
     service.send(upload(cut.into())).await.error(400, "body");
     let mut many = Form::new();
@@ -83,7 +83,7 @@ async fn a_file_over_the_limit_is_refused_while_it_comes() {
     let fits = vec![b'a'; 3 << 20];
     let id = service.upload("a.txt", &fits).await;
     service.delete(&format!("/v1/files/{id}")).await.json();
-    for form in [Form::training("a.txt", &[&*fits, b"b"].concat()), Form::new().file("a.txt", &[b'a'; 9 << 20])] {
+    for form in [Form::training("a.txt", &[&*fits, b"b"].concat()), Form::new().file("a.txt", &vec![b'a'; 9 << 20])] {
         let answer = service.send(form.request()).await;
         let error = answer.error(413, "file");
         assert!(error["message"].as_str().unwrap().contains("3145728"), "{error}");

@@ -114,8 +114,9 @@ impl Service {
 /// The body of a create, with `changes` laid over it.
 pub fn body(file: &str, changes: Value) -> Value {
     let mut body = json!({"model": "tiny", "training_file": file});
-    for (key, value) in changes.as_object().unwrap() {
-        body[key] = value.clone();
+    let Value::Object(changes) = changes else { panic!("fields come as an object") };
+    for (key, value) in changes {
+        body[key] = value;
     }
     body
 }
