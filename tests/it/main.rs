@@ -2,8 +2,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that unwraps nothing has failed, and says where")]
 #![expect(clippy::float_cmp, reason = "equal to the last bit is what many tests are about")]
 #![expect(clippy::case_sensitive_file_extension_comparisons, reason = "names of the tree are as they are written")]
-#![expect(clippy::large_stack_arrays, clippy::needless_pass_by_value, reason = "tests build their inputs in place")]
-#![expect(clippy::items_after_statements, reason = "a table stands beside its use")]
+#![expect(clippy::needless_pass_by_value, reason = "tests build their inputs in place")]
 #![expect(unreachable_pub, reason = "modules of a test binary share through pub")]
 
 mod bad_input;
