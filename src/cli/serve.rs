@@ -36,6 +36,8 @@ pub enum Error {
     OpenToAll(SocketAddr),
     #[error("--listen {address}: {source}")]
     Listen { address: SocketAddr, source: io::Error },
+    #[error("--data {path}: {source}")]
+    Data { path: PathBuf, source: io::Error },
     #[error("the private Postgres: {0}")]
     Postgres(#[from] private::Error),
     #[error("the store: {}", one_line(.0))]
@@ -57,7 +59,8 @@ pub fn run(args: &config::Serve, path: OsString) -> Result<(), Error> {
     if !args.listen.ip().is_loopback() && !args.open_to_all {
         return Err(Error::OpenToAll(args.listen));
     }
-    std::fs::create_dir_all(&args.places.data)?;
+    let data = &args.places.data;
+    std::fs::create_dir_all(data).map_err(|source| Error::Data { path: data.clone(), source })?;
     let runtime = Runtime::new()?;
     let stop = runtime.block_on(async { stop_on_signals() })?;
     let postgres = match &args.database_url {
