@@ -21,7 +21,7 @@ pub fn named(name: &str) -> Option<ModelConfig> {
     };
     let (widths, tied, scaling) = match name {
         "tiny" => (Widths(2048, 128, 384, 4, 4, 2, 32), true, RopeScaling::Default),
-        "10m" => (Widths(8192, 256, 768, 8, 8, 4, 32), false, RopeScaling::Default),
+        "10m" => (Widths(8192, 256, 768, 8, 4, 2, 64), false, RopeScaling::Default),
         "llama-3.2-1b" => (Widths(128_256, 2048, 8192, 16, 32, 8, 64), true, llama3(32.0)),
         "llama-3.2-3b" => (Widths(128_256, 3072, 8192, 28, 24, 8, 128), true, llama3(32.0)),
         "llama-3.1-8b" => (Widths(128_256, 4096, 14_336, 32, 32, 8, 128), false, llama3(8.0)),

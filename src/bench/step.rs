@@ -1,4 +1,4 @@
-//! `longhaul bench step`: optimizer steps on random weights and tokens, one JSON line each.
+//! `longhaul bench step`: optimizer steps on random weights and tokens, one JSON line each, and one of their median.
 //!
 //! The same planner, session and kernels as a job; only weights, tokens and the absence of files differ.
 
@@ -11,7 +11,7 @@ use crate::{
     domain::{Invalid, Machine, ModelConfig, machine::DeviceKind, training::Precision},
     engine::{
         Result,
-        backend::{AdamW, Backend, cpu::Cpu},
+        backend::{AdamW, Backend, DType, Space, Tensor, cpu::Cpu},
         meter,
         model::Batch,
         train::session::Session,
@@ -90,11 +90,16 @@ pub fn run(args: &Args, machine: &Machine, scratch: &Path, out: &mut impl Write)
     };
     let request = plan::Request { model: &config, precision, tokens: args.tokens, machine: &machine, forced };
     let plan = plan::plan(&request).map_err(Invalid::from)?;
-    let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
     match precision {
-        Precision::F32 => steps(Cpu::<f32>::new(threads)?, args, &config, (&plan, &machine, scratch), out),
-        Precision::Bf16 => steps(Cpu::<half::bf16>::new(threads)?, args, &config, (&plan, &machine, scratch), out),
+        Precision::F32 => steps(Cpu::<f32>::new(threads(args))?, args, &config, (&plan, &machine, scratch), out),
+        Precision::Bf16 => {
+            steps(Cpu::<half::bf16>::new(threads(args))?, args, &config, (&plan, &machine, scratch), out)
+        }
     }
+}
+
+fn threads(args: &Args) -> usize {
+    args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into))
 }
 
 fn shape(args: &Args) -> Result<ModelConfig> {
@@ -123,6 +128,7 @@ fn steps<B: Backend>(
     let mut session = Session::new(backend, plan, config, scratch)?;
     random_weights(&mut session)?;
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
+    let mut measured = Vec::new();
     for step in 1..=args.steps {
         let ids: Vec<i32> = (0..args.tokens).map(|_| (random.next() % config.vocab_size) as i32).collect();
         let mut labels = ids[1..].to_vec();
@@ -146,6 +152,7 @@ fn steps<B: Backend>(
         let seconds = start.elapsed().as_secs_f64();
         let peak = meter::peak_flops(DeviceKind::Cpu, &machine.device_name);
         let speed = meter::speed(config, &[args.tokens], seconds, peak);
+        measured.push((seconds, speed));
         let line = json!({
             "step": step, "shape": args.shape, "layers": config.n_layers, "tokens": args.tokens, "device": "cpu",
             "loss": totals.mean_loss(), "grad_norm": totals.grad_norm,
@@ -156,10 +163,49 @@ fn steps<B: Backend>(
             "arena_bytes": plan.layout.bytes, "arena_high_water_bytes": session.backend.touched_bytes(),
             "placements": placements(plan),
         });
-        let written = writeln!(out, "{line}").and_then(|()| out.flush());
-        written.map_err(crate::engine::Error::file(Path::new("standard output")))?;
+        print(&line, out)?;
     }
-    Ok(())
+    drop(session);
+    print(&summary(measured, threads(args))?, out)
+}
+
+fn print(line: &serde_json::Value, out: &mut impl Write) -> Result {
+    let written = writeln!(out, "{line}").and_then(|()| out.flush());
+    written.map_err(crate::engine::Error::file(Path::new("standard output")))
+}
+
+/// The median step after the warm-up, beside the rate of an f32 matrix product on the same threads.
+fn summary(mut measured: Vec<(f64, meter::Speed)>, threads: usize) -> Result<serde_json::Value> {
+    if measured.len() > 1 {
+        measured.remove(0);
+    }
+    measured.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let (seconds, speed) = &measured[measured.len() / 2];
+    let gemm_flops = gemm_flops(threads)?;
+    Ok(json!({
+        "median_seconds": seconds, "tokens_per_second": speed.tokens_per_second,
+        "model_gflops_per_second": speed.model_flops / 1e9, "gemm_gflops_per_second": gemm_flops / 1e9,
+        "share_of_gemm": speed.model_flops / gemm_flops,
+    }))
+}
+
+/// The best of several f32 products `[2048, 1024] [1024, 1024]^T`, FLOP/s.
+fn gemm_flops(threads: usize) -> Result<f64> {
+    const M: u64 = 2048;
+    const N: u64 = 1024;
+    let tensor = |offset, rows| Tensor { space: Space::Device, dtype: DType::F32, offset, rows, cols: N };
+    let (x, y, w) = (tensor(0, M), tensor(4 * M * N, M), tensor(8 * M * N, N));
+    let mut cpu = Cpu::<f32>::new(threads)?;
+    cpu.reserve(4 * N * (2 * M + N), 0)?;
+    cpu.fill(x, 0.5)?;
+    cpu.fill(w, 0.25)?;
+    let mut best = f64::INFINITY;
+    for _ in 0..10 {
+        let start = Instant::now();
+        cpu.matmul(y, x, w, 0.0)?;
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    Ok((2 * M * N * N) as f64 / best)
 }
 
 /// What the plan chose, for the reader of a line.
@@ -194,7 +240,6 @@ impl Random {
 
 /// Norm gains 1, everything else noise, uploaded in pieces.
 fn random_weights<B: Backend>(session: &mut Session<B>) -> Result {
-    use crate::engine::backend::DType;
     const PIECE_ROWS: u64 = 64;
     let mut random = Random(1);
     for parameter in session.weights() {

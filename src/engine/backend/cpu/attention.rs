@@ -86,11 +86,6 @@ fn pieces<'a, T>(mut all: &'a mut [T], blocks: &[QueryBlock], row: usize) -> Vec
     out
 }
 
-/// Rows `rows` of head `head` gathered from a matrix whose rows hold all heads.
-fn head_rows<S: Storage>(all: &[S], rows: Range<usize>, row: usize, column: usize, d: usize) -> Vec<S::Wide> {
-    rows.flat_map(|r| all[r * row + column..r * row + column + d].iter().map(|e| e.widen())).collect()
-}
-
 /// Scaled scores of stacked queries `[group * n, d]` against a block of keys, future keys masked.
 fn scores<W: Real + Gemm>(
     out: &mut Vec<W>,
@@ -209,9 +204,18 @@ fn lane_sum<W: Float>(row: &[W]) -> W {
 
 /// Queries of a group stacked head by head: `[group * rows, d]`.
 fn stack<S: Storage>(all: &[S], sizes: Sizes, block: &QueryBlock, kv: usize) -> Vec<S::Wide> {
-    (0..sizes.group)
-        .flat_map(|g| head_rows(all, block.rows.clone(), sizes.q_row(), (kv * sizes.group + g) * sizes.d, sizes.d))
-        .collect()
+    let Sizes { d, group, .. } = sizes;
+    let mut stacked = Vec::with_capacity(group * block.rows.len() * d);
+    for head in kv * group..(kv + 1) * group {
+        for row in block.rows.clone() {
+            let elements = &all[row * sizes.q_row() + head * d..][..d];
+            match S::as_wide(elements) {
+                Some(wide) => stacked.extend_from_slice(wide),
+                None => stacked.extend(elements.iter().map(|e| e.widen())),
+            }
+        }
+    }
+    stacked
 }
 
 /// Rows of keys or values of one kv head: in place where storage is wide, else a widened copy.
@@ -365,6 +369,8 @@ fn key_gradients<S: Storage>(
             let keys = start..start + dk.len() / row;
             let mut pair = Pair { p: Vec::new(), ds: Vec::new() };
             for block in queries.iter().filter(|b| b.first_position + b.rows.len() > keys.start) {
+                // Keys past the block's last query are masked in every row.
+                let keys = keys.start..keys.end.min(block.first_position + block.rows.len());
                 for kv in 0..sizes.nk {
                     let (q, d_o) = (stack(saved.q, sizes, block, kv), stack(saved.d_o, sizes, block, kv));
                     pair.compute(saved, (&q, &d_o), delta, (sizes, c), (block, &keys), kv);
