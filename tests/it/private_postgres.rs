@@ -136,7 +136,7 @@ async fn as_root_a_closed_folder_is_named() {
     fs::create_dir(&closed).unwrap();
     fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).unwrap();
     let said = start(&cluster_settings(&closed.join("data"))).await.unwrap_err().to_string();
-    assert!(said.contains(closed.to_str().unwrap()) && said.contains("--data-dir"), "{said}");
+    assert!(said.contains(closed.to_str().unwrap()) && said.contains("--data"), "{said}");
     assert!(!Path::new(&closed.join("data/postgres/cluster")).exists());
 }
 

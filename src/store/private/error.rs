@@ -19,7 +19,7 @@ pub enum Error {
     )]
     Version { cluster: PathBuf, made_by: String, found: Vec<String> },
     /// Another server has the data folder.
-    #[error("{} is used by another running server; stop that one or choose another --data-dir", .folder.display())]
+    #[error("{} is used by another running server; stop that one or choose another --data", .folder.display())]
     InUse { folder: PathBuf },
     /// There is no such operating-system user.
     #[error(
@@ -28,12 +28,12 @@ pub enum Error {
     NoAccount { name: String },
     /// The user that Postgres runs as cannot get at the data folder.
     #[error(
-        "the user {account} that PostgreSQL runs as cannot enter {} (it refuses root); choose a --data-dir that it can \
+        "the user {account} that PostgreSQL runs as cannot enter {} (it refuses root); choose a --data that it can \
          reach, such as /var/lib/longhaul, or allow it with chmod o+x {}", .blocked.display(), .blocked.display()
     )]
     OutOfReach { account: String, blocked: PathBuf },
     /// A folder that should be ours belongs to somebody else.
-    #[error("{} belongs to another user and cannot hold the socket; remove it or use a shorter --data-dir", .0.display())]
+    #[error("{} belongs to another user and cannot hold the socket; remove it or use a shorter --data", .0.display())]
     Foreign(PathBuf),
     /// A program of the installation failed.
     #[error("{program} failed: {said}")]
