@@ -59,7 +59,8 @@ fn fits_somewhere(hosts: &[Host], model: &str, training: &TrainingSpec) -> Resul
 fn ask_for_plan(model: &ModelConfig, training: &TrainingSpec, machine: &Machine) -> Result<plan::Plan, plan::Refusal> {
     let tokens = training.sequence_length.unwrap_or(PADDING).next_multiple_of(PADDING);
     let forced = plan::Forced::default();
-    plan::plan(&plan::Request { model, precision: training.precision, tokens, machine, forced })
+    let micro_batches = u64::from(training.gradient_accumulation_steps);
+    plan::plan(&plan::Request { model, precision: training.precision, tokens, micro_batches, machine, forced })
 }
 
 /// Machines of the hosts that have the model, each with the model's numbers.

@@ -4,6 +4,10 @@
 //! One JSON line a measurement; an error over its bound fails the command after all lines are written.
 
 mod attention;
+mod elementwise;
+mod embedding;
+mod optimizer;
+mod rope;
 mod rows;
 mod twin;
 
@@ -16,7 +20,7 @@ use crate::{
     domain::Invalid,
     engine::{
         Error, Result,
-        backend::{cpu::Cpu, cuda::Cuda},
+        backend::{Backend, cpu::Cpu, cuda::Cuda},
     },
 };
 
@@ -26,9 +30,10 @@ pub struct Args {
     /// cuda: the CPU backend is the reference
     #[arg(long, default_value = "cuda")]
     pub device: String,
-    /// Folder that holds libcudnn.so.9, when it is neither on the library path nor among python3's packages
+    /// Folder that holds cuDNN's and cuBLASLt's libraries, when they are neither on the library path nor among python3's
+    /// packages
     #[arg(long, value_name = "FOLDER")]
-    pub cudnn: Vec<PathBuf>,
+    pub libraries: Vec<PathBuf>,
     /// Device memory for the tensors, in GiB; 24 hold every shape that is measured
     #[arg(long, default_value_t = 24)]
     pub memory: u64,
@@ -44,7 +49,12 @@ pub struct Args {
 struct Report<'a> {
     out: &'a mut dyn Write,
     wrong: Vec<String>,
+    /// Bytes a second of a copy on the device, once it is measured: what a kernel's rate is told beside.
+    copy_rate: f64,
 }
+
+/// Timed runs of a kernel.
+const ROUNDS: usize = 11;
 
 impl Report<'_> {
     fn line(&mut self, line: &Value) -> Result {
@@ -65,19 +75,40 @@ impl Report<'_> {
     }
 }
 
+impl Report<'_> {
+    /// Bytes a second of a kernel, each input counted once and each output once, beside a copy's.
+    fn speed(&mut self, t: &mut Twins, name: &str, bytes: u64, run: impl FnMut(&mut Cuda) -> Result) -> Result {
+        let seconds = t.seconds(ROUNDS, run)?;
+        let rate = bytes as f64 / seconds;
+        let (speed, share) = (rate / 1e9, rate / self.copy_rate);
+        let milliseconds = seconds * 1e3;
+        self.line(&json!({ "speed": name, "gb_per_second": speed, "of_copy": share, "milliseconds": milliseconds }))
+    }
+}
+
 /// Checks and times every operation, a line each on `out`.
 pub fn run(args: &Args, out: &mut impl Write) -> Result {
     if args.device != "cuda" {
         return Err(Invalid::new("--device", format!("device is cuda, not {}", args.device)).into());
     }
-    let cuda = Cuda::open(0, args.memory << 30, &args.cudnn)?;
+    let mut cuda = Cuda::open(0, &args.libraries)?;
+    cuda.reserve(args.memory << 30, 0)?;
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
-    let mut report = Report { out, wrong: Vec::new() };
+    let mut report = Report { out, wrong: Vec::new(), copy_rate: f64::NAN };
     let (card, cudnn) = (cuda.device.name()?, cuda.cudnn_version());
-    report.line(&json!({ "card": card, "cudnn": cudnn, "multiprocessors": cuda.device.multiprocessors()? }))?;
-    let mut twins = Twins::new(Cpu::<f32>::new(threads)?, cuda, args.memory << 30)?;
+    report.line(&json!({ "card": card, "cudnn": cudnn, "multiprocessors": cuda.device.multiprocessors() }))?;
+    let mut twins = Twins::new(Cpu::new(threads)?, Cpu::new(threads)?, cuda, args.memory << 30)?;
+    elementwise::check(&mut twins, &mut report)?;
+    optimizer::check(&mut twins, &mut report)?;
+    embedding::check(&mut twins, &mut report)?;
+    rope::check(&mut twins, &mut report)?;
     rows::check(&mut twins, &mut report)?;
     attention::check(&mut twins, &mut report)?;
+    rows::copy(&mut twins, &mut report)?;
+    elementwise::measure(&mut twins, &mut report)?;
+    optimizer::measure(&mut twins, &mut report)?;
+    embedding::measure(&mut twins, &mut report)?;
+    rope::measure(&mut twins, &mut report)?;
     rows::measure(&mut twins, &mut report)?;
     attention::measure(&mut twins, &mut report, args.keys)?;
     if report.wrong.is_empty() {

@@ -6,17 +6,18 @@ use std::{io::Write, path::Path, time::Instant};
 
 use serde_json::json;
 
-use super::shapes;
+use super::{random, random::Random, shapes};
 use crate::{
     domain::{Invalid, Machine, ModelConfig, machine::DeviceKind, training::Precision},
     engine::{
         Result,
-        backend::{AdamW, Backend, DType, Space, Tensor, cpu::Cpu},
+        backend::{AdamW, Backend, DType, Tensor, cpu::Cpu, cuda::Cuda},
         meter,
         model::Batch,
         train::session::Session,
     },
-    plan::{self, Forced, Plan},
+    plan::{self, Forced, Gradients, Plan},
+    trainer::gpu,
 };
 
 /// Flags of `longhaul bench step`.
@@ -40,9 +41,9 @@ pub struct Args {
     /// Steps, the first being a warm-up
     #[arg(long, default_value_t = 3)]
     pub steps: u64,
-    /// f32 or bf16
-    #[arg(long, default_value = "f32")]
-    pub precision: String,
+    /// f32 or bf16; on cuda bf16, elsewhere f32 by default
+    #[arg(long)]
+    pub precision: Option<String>,
     /// Threads of the CPU backend; all cores by default
     #[arg(long)]
     pub threads: Option<usize>,
@@ -58,44 +59,91 @@ pub struct Args {
     /// Layers whose attention output, q/k/v, gate and up are all kept, instead of the planner's choice
     #[arg(long)]
     pub kept_layers: Option<u64>,
+    /// Gradients kept as wide or as storage, instead of the planner's choice
+    #[arg(long)]
+    pub gradients: Option<String>,
+    /// Folder that holds cuDNN's and cuBLASLt's libraries, when they are neither on the library path nor among python3's
+    /// packages
+    #[arg(long, value_name = "FOLDER")]
+    pub libraries: Vec<std::path::PathBuf>,
 }
 
-/// Runs the steps on `machine` and writes a line each to `out`. A plan that spills does so under `scratch`.
-pub fn run(args: &Args, machine: &Machine, scratch: &Path, out: &mut impl Write) -> Result {
-    let config = shape(args)?;
-    let precision = match args.precision.as_str() {
-        "f32" => Precision::F32,
-        "bf16" => Precision::Bf16,
-        other => return Err(Invalid::new("--precision", format!("precision is f32 or bf16, not {other}")).into()),
-    };
-    match args.device.as_str() {
-        "cpu" => {}
-        "cuda" => {
-            return Err(Invalid::new("--device", "training on CUDA is not there yet: use --device cpu").into());
-        }
-        other => return Err(Invalid::new("--device", format!("device is cpu or cuda, not {other}")).into()),
-    }
+/// What is run where.
+struct Job<'a> {
+    args: &'a Args,
+    config: ModelConfig,
+    machine: Machine,
+    plan: Plan,
+    /// Where a plan that spills does so.
+    scratch: &'a Path,
+}
+
+/// Runs the steps and writes a line each to `out`. `host` is this machine without its GPUs.
+pub fn run(args: &Args, host: &Machine, scratch: &Path, out: &mut impl Write) -> Result {
     if args.gpus != 1 {
         return Err(Invalid::new("--gpus", "more than one rank is not there yet: use --gpus 1").into());
     }
-    let mut machine = machine.clone();
+    let config = shape(args)?;
+    match args.device.as_str() {
+        "cpu" => {
+            let precision = precision(args, "f32")?;
+            let job = planned(args, config, host.clone(), precision, scratch)?;
+            match precision {
+                Precision::F32 => steps(Cpu::<f32>::new(threads(args))?, &job, out)?,
+                Precision::Bf16 => steps(Cpu::<half::bf16>::new(threads(args))?, &job, out)?,
+            }
+        }
+        "cuda" => {
+            if precision(args, "bf16")? != Precision::Bf16 {
+                return Err(Invalid::new("--precision", "a GPU trains in bf16: leave --precision out").into());
+            }
+            let cuda = Cuda::open(0, &args.libraries)?;
+            let machine = gpu::machine(&cuda, host)?;
+            let job = planned(args, config, machine, Precision::Bf16, scratch)?;
+            steps(cuda, &job, out)?;
+        }
+        other => return Err(Invalid::new("--device", format!("device is cpu or cuda, not {other}")).into()),
+    }
+    Ok(())
+}
+
+fn precision(args: &Args, default: &str) -> Result<Precision> {
+    match args.precision.as_deref().unwrap_or(default) {
+        "f32" => Ok(Precision::F32),
+        "bf16" => Ok(Precision::Bf16),
+        other => Err(Invalid::new("--precision", format!("precision is f32 or bf16, not {other}")).into()),
+    }
+}
+
+fn planned<'a>(
+    args: &'a Args,
+    config: ModelConfig,
+    mut machine: Machine,
+    precision: Precision,
+    scratch: &'a Path,
+) -> Result<Job<'a>> {
     machine.device_bytes = args.memory.unwrap_or(machine.device_bytes);
+    let gradients = match args.gradients.as_deref() {
+        None => None,
+        Some("wide") => Some(Gradients::Wide),
+        Some("storage") => Some(Gradients::Storage),
+        Some(other) => {
+            return Err(Invalid::new("--gradients", format!("gradients are wide or storage, not {other}")).into());
+        }
+    };
     let forced = Forced {
         chunk_tokens: args.chunk,
         checkpoint_slots: args.slots,
         kept_attention_layers: args.kept_layers,
         kept_qkv_layers: args.kept_layers,
         kept_gate_up_layers: args.kept_layers,
+        gradients,
         ..Forced::default()
     };
-    let request = plan::Request { model: &config, precision, tokens: args.tokens, machine: &machine, forced };
+    let (tokens, machine_ref) = (args.tokens, &machine);
+    let request = plan::Request { model: &config, precision, tokens, micro_batches: 1, machine: machine_ref, forced };
     let plan = plan::plan(&request).map_err(Invalid::from)?;
-    match precision {
-        Precision::F32 => steps(Cpu::<f32>::new(threads(args))?, args, &config, (&plan, &machine, scratch), out),
-        Precision::Bf16 => {
-            steps(Cpu::<half::bf16>::new(threads(args))?, args, &config, (&plan, &machine, scratch), out)
-        }
-    }
+    Ok(Job { args, config, machine, plan, scratch })
 }
 
 fn threads(args: &Args) -> usize {
@@ -118,15 +166,10 @@ fn shape(args: &Args) -> Result<ModelConfig> {
     Ok(config)
 }
 
-fn steps<B: Backend>(
-    backend: B,
-    args: &Args,
-    config: &ModelConfig,
-    (plan, machine, scratch): (&Plan, &Machine, &Path),
-    out: &mut impl Write,
-) -> Result {
+fn steps<B: Backend>(backend: B, job: &Job, out: &mut impl Write) -> Result {
+    let Job { args, config, machine, plan, scratch } = job;
     let mut session = Session::new(backend, plan, config, scratch)?;
-    random_weights(&mut session)?;
+    random::weights(&mut session)?;
     let mut random = Random(0x9e37_79b9_7f4a_7c15);
     let mut measured = Vec::new();
     for step in 1..=args.steps {
@@ -150,11 +193,12 @@ fn steps<B: Backend>(
         let start = Instant::now();
         let totals = session.step(&[batch], &hyper, 1.0)?;
         let seconds = start.elapsed().as_secs_f64();
-        let peak = meter::peak_flops(DeviceKind::Cpu, &machine.device_name);
+        let peak = meter::peak_flops(machine.device, &machine.device_name);
         let speed = meter::speed(config, &[args.tokens], seconds, peak);
         measured.push((seconds, speed));
         let line = json!({
-            "step": step, "shape": args.shape, "layers": config.n_layers, "tokens": args.tokens, "device": "cpu",
+            "step": step, "shape": args.shape, "layers": config.n_layers, "tokens": args.tokens,
+            "device": args.device, "device_name": machine.device_name,
             "loss": totals.mean_loss(), "grad_norm": totals.grad_norm,
             "seconds": seconds, "predicted_seconds": plan.step_seconds,
             "tokens_per_second": speed.tokens_per_second,
@@ -166,7 +210,11 @@ fn steps<B: Backend>(
         print(&line, out)?;
     }
     drop(session);
-    print(&summary(measured, threads(args))?, out)
+    let gemm = match machine.device {
+        DeviceKind::Cpu => Some(gemm_flops(threads(args))?),
+        DeviceKind::Cuda => None,
+    };
+    print(&summary(measured, gemm), out)
 }
 
 fn print(line: &serde_json::Value, out: &mut impl Write) -> Result {
@@ -174,26 +222,26 @@ fn print(line: &serde_json::Value, out: &mut impl Write) -> Result {
     written.map_err(crate::engine::Error::file(Path::new("standard output")))
 }
 
-/// The median step after the warm-up, beside the rate of an f32 matrix product on the same threads.
-fn summary(mut measured: Vec<(f64, meter::Speed)>, threads: usize) -> Result<serde_json::Value> {
+/// The median step after the warm-up; on the CPU beside the rate of an f32 matrix product on the same threads.
+fn summary(mut measured: Vec<(f64, meter::Speed)>, gemm: Option<f64>) -> serde_json::Value {
     if measured.len() > 1 {
         measured.remove(0);
     }
     measured.sort_by(|a, b| a.0.total_cmp(&b.0));
     let (seconds, speed) = &measured[measured.len() / 2];
-    let gemm_flops = gemm_flops(threads)?;
-    Ok(json!({
+    json!({
         "median_seconds": seconds, "tokens_per_second": speed.tokens_per_second,
-        "model_gflops_per_second": speed.model_flops / 1e9, "gemm_gflops_per_second": gemm_flops / 1e9,
-        "share_of_gemm": speed.model_flops / gemm_flops,
-    }))
+        "model_gflops_per_second": speed.model_flops / 1e9, "causal_mfu": speed.causal_mfu,
+        "gemm_gflops_per_second": gemm.map(|gemm| gemm / 1e9),
+        "share_of_gemm": gemm.map(|gemm| speed.model_flops / gemm),
+    })
 }
 
 /// The best of several f32 products `[2048, 1024] [1024, 1024]^T`, FLOP/s.
 fn gemm_flops(threads: usize) -> Result<f64> {
     const M: u64 = 2048;
     const N: u64 = 1024;
-    let tensor = |offset, rows| Tensor { space: Space::Device, dtype: DType::F32, offset, rows, cols: N };
+    let tensor = |offset, rows| Tensor::device(offset, DType::F32, rows, N);
     let (x, y, w) = (tensor(0, M), tensor(4 * M * N, M), tensor(8 * M * N, N));
     let mut cpu = Cpu::<f32>::new(threads)?;
     cpu.reserve(4 * N * (2 * M + N), 0)?;
@@ -214,54 +262,8 @@ fn placements(plan: &Plan) -> serde_json::Value {
     json!({
         "chunk_tokens": choice.chunk_tokens, "mlp_tile_rows": choice.mlp_tile_rows,
         "loss_tile_rows": choice.loss_tile_rows, "segment_starts": choice.segment_starts,
-        "checkpoints": choice.checkpoint_place, "checkpoint_slots": choice.checkpoint_slots,
+        "checkpoints": choice.checkpoint_place, "gradients": choice.gradients, "checkpoint_slots": choice.checkpoint_slots,
         "kept_attention_layers": choice.kept_attention_layers, "kept_qkv_layers": choice.kept_qkv_layers,
         "kept_gate_up_layers": choice.kept_gate_up_layers,
     })
-}
-
-/// xorshift64* (Vigna 2016): enough for noise.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 >> 12;
-        self.0 ^= self.0 << 25;
-        self.0 ^= self.0 >> 27;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
-    }
-
-    /// Uniform with standard deviation 0.02.
-    fn weight(&mut self) -> f32 {
-        let unit = (self.next() % (1 << 24)) as f32 / (1 << 23) as f32 - 1.0;
-        unit * 0.02 * 3f32.sqrt()
-    }
-}
-
-/// Norm gains 1, everything else noise, uploaded in pieces.
-fn random_weights<B: Backend>(session: &mut Session<B>) -> Result {
-    const PIECE_ROWS: u64 = 64;
-    let mut random = Random(1);
-    for parameter in session.weights() {
-        if parameter.shape.len() == 1 {
-            session.backend.fill(parameter.tensor, 1.0)?;
-            continue;
-        }
-        let tensor = parameter.tensor;
-        for start in (0..tensor.rows).step_by(PIECE_ROWS as usize) {
-            let piece = tensor.rows(start, tensor.rows.min(start + PIECE_ROWS));
-            let values = (0..piece.elements()).map(|_| random.weight());
-            let bytes: Vec<u8> = match tensor.dtype {
-                DType::Bf16 => values.flat_map(|v| half::bf16::from_f32(v).to_le_bytes()).collect(),
-                DType::F64 => values.flat_map(|v| f64::from(v).to_le_bytes()).collect(),
-                _ => values.flat_map(f32::to_le_bytes).collect(),
-            };
-            session.backend.upload(piece, &bytes)?;
-        }
-    }
-    // The master's low halves begin at zero: the weights are exactly what was uploaded.
-    if let Some(low) = session.states().low {
-        session.backend.upload(low, &vec![0; low.bytes() as usize])?;
-    }
-    Ok(())
 }

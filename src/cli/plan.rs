@@ -55,7 +55,14 @@ pub fn run(
     };
     let mut machine = machine.clone();
     machine.device_bytes = args.memory.unwrap_or(machine.device_bytes);
-    let mut request = Request { model: &model, precision, tokens: 128, machine: &machine, forced: Forced::default() };
+    let mut request = Request {
+        model: &model,
+        precision,
+        tokens: 128,
+        micro_batches: 1,
+        machine: &machine,
+        forced: Forced::default(),
+    };
     let longest = plan::longest(&request);
     request.tokens = args.sequence_length.unwrap_or(longest.max(128));
     let plan = plan::plan(&request).map_err(Invalid::from)?;

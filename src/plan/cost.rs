@@ -1,7 +1,7 @@
 //! Predicted time of a step: FLOPs over rates, bytes over bandwidths. Which plan is faster matters more than the figure.
 
-use super::{Choice, Place, Widths};
-use crate::domain::{Machine, ModelConfig};
+use super::{Choice, Gradients, Place, Widths};
+use crate::domain::{Machine, ModelConfig, machine::DeviceKind};
 
 /// FLOPs of one forward of one layer over a sequence, by part.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -34,20 +34,43 @@ impl LayerFlops {
     }
 }
 
-/// Share of the time of one chunk that its fixed costs take, at this many tokens a chunk: small products are slower.
-const HALF_SPEED_TOKENS: f64 = 24.0;
+/// Rows at which products and attention reach half their speed, by device: small ones are slower.
+fn half_speed_tokens(device: DeviceKind) -> f64 {
+    match device {
+        DeviceKind::Cpu => 24.0,
+        DeviceKind::Cuda => 128.0,
+    }
+}
+
+/// Bytes that the operations between products and attention move in one layer's forward, and in its backward with what
+/// that repeats. Elements a token: a norm reads and writes h; rotation moves q, k, v twice; SwiGLU reads 2 f and writes f.
+fn other_bytes(model: &ModelConfig, widths: Widths, tokens: u64, chunk: u64) -> (f64, f64) {
+    let (h, f) = (model.hidden_size, model.intermediate_size);
+    let (q, kv) = (model.q_size(), model.kv_size());
+    let qkv = q + 2 * kv;
+    let forward = 2 * 2 * h + 2 * qkv + 3 * f;
+    let backward = 2 * (2 + 4) * h + 2 * 2 * qkv + (3 + 5) * f;
+    let by_token = |elements: u64| (elements * widths.storage * tokens) as f64;
+    // Each chunk adds its gradients of all keys before it: read in storage, read and written wide.
+    let seen = tokens as f64 * (tokens as f64 + chunk as f64) / (2.0 * chunk as f64);
+    let accumulated = seen * (2 * kv * (widths.storage + 2 * widths.wide)) as f64;
+    (by_token(forward), by_token(backward) + accumulated)
+}
 
 /// Seconds of one forward, backward and update over one sequence of `tokens` tokens.
 pub fn step_seconds(model: &ModelConfig, machine: &Machine, widths: Widths, tokens: u64, choice: &Choice) -> f64 {
     let flops = LayerFlops::of(model, tokens);
     let rates = &machine.rates;
     let chunk = choice.chunk_tokens.min(tokens) as f64;
-    let gemm = rates.gemm_flops * chunk / (chunk + HALF_SPEED_TOKENS);
-    let attention = rates.attention_flops * chunk / (chunk + HALF_SPEED_TOKENS);
+    let half = half_speed_tokens(machine.device);
+    let gemm = rates.gemm_flops * chunk / (chunk + half);
+    let attention = rates.attention_flops * chunk / (chunk + half);
+    let (forward_bytes, backward_bytes) = other_bytes(model, widths, tokens, choice.chunk_tokens.min(tokens));
     let layers = model.n_layers;
 
     let mut dense = 0.0;
     let mut attended = 0.0;
+    let mut bytes = 0.0;
     for layer in 0..layers {
         let kept_attention = layer < choice.kept_attention_layers;
         let kept_qkv = layer < choice.kept_qkv_layers;
@@ -55,6 +78,7 @@ pub fn step_seconds(model: &ModelConfig, machine: &Machine, widths: Widths, toke
         // Forward and backward proper.
         dense += 3.0 * flops.dense();
         attended += 3.5 * flops.attention;
+        bytes += forward_bytes + backward_bytes;
         // Rebuilt inside the layer's backward: q, k, v, attention, h1, gate and up; not down.
         dense += flops.output;
         dense += if kept_qkv { 0.0 } else { flops.qkv };
@@ -66,13 +90,21 @@ pub fn step_seconds(model: &ModelConfig, machine: &Machine, widths: Widths, toke
             dense += if kept_gate_up { 0.0 } else { flops.gate_up };
             dense += if kept_qkv || kept_attention { 0.0 } else { flops.qkv };
             attended += if kept_attention { 0.0 } else { flops.attention };
+            bytes += forward_bytes;
         }
     }
     let head = 6.0 * tokens as f64 * (model.hidden_size * model.vocab_size) as f64;
-    let update_bytes = model.n_params() as f64 * (2 * widths.storage + 5 * widths.wide) as f64;
+    let gradient = match choice.gradients {
+        Gradients::Wide => widths.wide,
+        // Cleared, added to and read in the wide type, written and read in storage.
+        Gradients::Storage => 2 * widths.wide + 2 * widths.storage,
+    };
+    bytes += model.n_params() as f64 * (2 * widths.storage + 4 * widths.wide + gradient) as f64;
+    // Logits are written once and read twice, their gradient written once and read twice.
+    bytes += (tokens * model.vocab_size * 6 * widths.storage) as f64;
     (dense + head) / gemm
         + attended / attention
-        + update_bytes / rates.memory_bytes
+        + bytes / rates.memory_bytes
         + disk_bytes(model, widths, tokens, choice) as f64 * 2.0 / rates.disk_bytes
 }
 

@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Choice, Widths};
+use super::{Choice, Gradients, Widths};
 use crate::domain::ModelConfig;
 
 /// Every region starts at a multiple of this many bytes.
@@ -20,6 +20,9 @@ pub enum Slot {
     Weights,
     /// Their gradients, and AdamW's two moments, flat, wide.
     Gradients,
+    /// Wide sums of one layer's gradients, and of embedding or head and the last norm, where the flat ones are storage.
+    LayerGradients,
+    VocabularyGradients,
     MomentM,
     MomentV,
     /// Low halves of the master weights (bf16 storage only), flat.
@@ -154,7 +157,7 @@ fn align(bytes: u64) -> u64 {
 /// Lays out one rank's arena for sequences of up to `tokens` tokens under these choices.
 pub fn lay_out(model: &ModelConfig, widths: Widths, tokens: u64, choice: &Choice) -> Layout {
     let mut laying = Laying { widths, layout: Layout::default(), end: 0 };
-    laying.persistent(model, tokens);
+    laying.persistent(model, tokens, choice.gradients);
     laying.sequence(model, tokens, choice);
     let base = laying.end;
     laying.layer_work(model, tokens, choice);
@@ -189,10 +192,18 @@ impl Laying {
     }
 
     /// What lives from the first step to the last.
-    fn persistent(&mut self, model: &ModelConfig, tokens: u64) {
+    fn persistent(&mut self, model: &ModelConfig, tokens: u64, gradients: Gradients) {
         let n = model.n_params();
         self.put(Slot::Weights, Category::Weights, Element::Storage, 1, n);
-        self.put(Slot::Gradients, Category::Gradients, Element::Wide, 1, n);
+        match gradients {
+            Gradients::Wide => self.put(Slot::Gradients, Category::Gradients, Element::Wide, 1, n),
+            Gradients::Storage => {
+                let (layer, outside) = (model.layer_params(), model.vocab_size * model.hidden_size + model.hidden_size);
+                self.put(Slot::Gradients, Category::Gradients, Element::Storage, 1, n);
+                self.put(Slot::LayerGradients, Category::Gradients, Element::Wide, 1, layer);
+                self.put(Slot::VocabularyGradients, Category::Gradients, Element::Wide, 1, outside);
+            }
+        }
         self.put(Slot::MomentM, Category::Optimizer, Element::Wide, 1, n);
         self.put(Slot::MomentV, Category::Optimizer, Element::Wide, 1, n);
         if self.widths.storage < self.widths.wide {

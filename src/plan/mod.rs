@@ -22,6 +22,8 @@ pub struct Request<'a> {
     pub precision: Precision,
     /// Longest sequence, in tokens with padding.
     pub tokens: u64,
+    /// Sequences whose gradients add up before an update.
+    pub micro_batches: u64,
     pub machine: &'a Machine,
     /// Choices taken away from the search, for tests and benches.
     pub forced: Forced,
@@ -38,6 +40,7 @@ pub struct Forced {
     pub kept_gate_up_layers: Option<u64>,
     pub mlp_tile_rows: Option<u64>,
     pub loss_tile_rows: Option<u64>,
+    pub gradients: Option<Gradients>,
     /// Element sizes other than the precision's own (an f64 reference run).
     pub widths: Option<Widths>,
 }
@@ -50,6 +53,16 @@ pub enum Place {
     Device,
     /// In a file of the run's folder.
     Disk,
+}
+
+/// How the gradients of a step wait for its norm.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Gradients {
+    /// As the wide sums they are.
+    Wide,
+    /// Summed in the wide type over one layer at a time, then rounded to storage: half the memory. One micro-batch only.
+    Storage,
 }
 
 /// Bytes of an element of storage type and of the type of sums.
@@ -79,6 +92,7 @@ pub struct Choice {
     /// First layers of the segments whose inputs are kept.
     pub segment_starts: Vec<u64>,
     pub checkpoint_place: Place,
+    pub gradients: Gradients,
     /// Layers (from the first) whose attention output and log-sum-exp, q/k/v, or gate and up are kept for backward.
     pub kept_attention_layers: u64,
     pub kept_qkv_layers: u64,

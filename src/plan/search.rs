@@ -1,19 +1,37 @@
 //! The search: a few hundred candidates, each priced and laid out; the fastest that fits wins.
 
 use super::{
-    Choice, Forced, Place, Plan, Refusal, Request,
+    Choice, Forced, Gradients, Place, Plan, Refusal, Request,
     cost::{disk_bytes, step_seconds},
     layout::{Layout, lay_out},
     segments, workspace,
 };
 use crate::domain::{machine::DeviceKind, training::MAX_SEQUENCE_LENGTH};
 
-/// Chunk sizes tried, largest first.
-const CHUNKS: [u64; 6] = [8192, 4096, 2048, 1024, 512, 256];
-/// Rows of a feed-forward tile: enough for full GEMM speed, small beside a chunk's other buffers.
-const MLP_TILE_ROWS: u64 = 1024;
-/// Bytes of one tile of logits.
-const LOGITS_TILE_BYTES: u64 = 32 << 20;
+/// Sizes that a kind of device is tried with: enough rows for full GEMM speed, no more memory than that takes.
+struct Sizes {
+    /// Tokens of a chunk, largest first.
+    chunks: &'static [u64],
+    /// Rows of a feed-forward tile, largest first; never more than a chunk.
+    mlp_tiles: &'static [u64],
+    /// Bytes of one tile of logits.
+    logits_tile_bytes: u64,
+}
+
+impl Sizes {
+    fn of(device: DeviceKind) -> Self {
+        match device {
+            DeviceKind::Cpu => {
+                Self { chunks: &[8192, 4096, 2048, 1024, 512, 256], mlp_tiles: &[1024], logits_tile_bytes: 32 << 20 }
+            }
+            DeviceKind::Cuda => Self {
+                chunks: &[32_768, 16_384, 8192, 4096, 2048],
+                mlp_tiles: &[16_384, 4096],
+                logits_tile_bytes: 1 << 30,
+            },
+        }
+    }
+}
 /// Sequence lengths reported as the longest are multiples of this.
 const LENGTH_STEP: u64 = 128;
 
@@ -73,28 +91,42 @@ fn candidates(request: &Request) -> Vec<Plan> {
     bare_choices(request).into_iter().map(|bare| with_extras(request, bare)).collect()
 }
 
-/// Every combination of chunk size, place and number of kept inputs.
+/// Every combination of chunk and tile size, place, kind of gradients and number of kept inputs.
 fn bare_choices(request: &Request) -> Vec<Choice> {
     let model = request.model;
+    let Sizes { chunks, mlp_tiles, .. } = Sizes::of(request.machine.device);
     let chunks: Vec<u64> = if let Some(chunk) = request.forced.chunk_tokens {
         vec![chunk]
     } else {
-        let longest = request.tokens.min(CHUNKS[0]);
-        CHUNKS.into_iter().filter(|c| *c < longest).chain([longest]).collect()
+        let longest = request.tokens.min(chunks[0]);
+        chunks.iter().copied().filter(|c| *c < longest).chain([longest]).collect()
+    };
+    let tiles = request.forced.mlp_tile_rows.map_or(mlp_tiles.to_vec(), |rows| vec![rows]);
+    let tiles_of = |chunk: u64| {
+        let mut tiles: Vec<u64> = tiles.iter().map(|tile| chunk.min(*tile)).collect();
+        tiles.dedup();
+        tiles
+    };
+    let widths = request.widths();
+    let gradients = match request.forced.gradients {
+        Some(gradients) => vec![gradients],
+        None if widths.storage < widths.wide && request.micro_batches == 1 => vec![Gradients::Wide, Gradients::Storage],
+        None => vec![Gradients::Wide],
     };
     let fewest = segments::fewest_slots(model.n_layers);
     let slots: Vec<u64> = match request.forced.checkpoint_slots {
         Some(slots) => vec![slots],
         None => (fewest..=model.n_layers).collect(),
     };
+    let places: Vec<Place> = request.forced.place.map_or(vec![Place::Device, Place::Disk], |place| vec![place]);
     let mut choices = Vec::new();
     for chunk in chunks {
-        for slots in &slots {
-            for place in [Place::Device, Place::Disk] {
-                if request.forced.place.is_some_and(|forced| forced != place) {
-                    continue;
+        for tile in tiles_of(chunk) {
+            for slots in &slots {
+                for place in &places {
+                    let all = gradients.iter();
+                    choices.extend(all.filter_map(|kind| bare_choice(request, (chunk, tile), *slots, *place, *kind)));
                 }
-                choices.extend(bare_choice(request, chunk, *slots, place));
             }
         }
     }
@@ -102,18 +134,26 @@ fn bare_choices(request: &Request) -> Vec<Choice> {
 }
 
 /// The choice with nothing kept beyond layer inputs.
-fn bare_choice(request: &Request, chunk: u64, slots: u64, place: Place) -> Option<Choice> {
+fn bare_choice(
+    request: &Request,
+    (chunk, tile): (u64, u64),
+    slots: u64,
+    place: Place,
+    gradients: Gradients,
+) -> Option<Choice> {
     let model = request.model;
     let widths = request.widths();
     let segment_starts = segments::starts(model.n_layers, slots)?;
-    let rows = (LOGITS_TILE_BYTES / (model.vocab_size * widths.storage)).clamp(16, request.tokens.max(16));
+    let bytes = Sizes::of(request.machine.device).logits_tile_bytes;
+    let rows = (bytes / (model.vocab_size * widths.storage)).clamp(16, request.tokens.max(16));
     Some(Choice {
         chunk_tokens: chunk,
-        mlp_tile_rows: request.forced.mlp_tile_rows.unwrap_or(MLP_TILE_ROWS).min(chunk),
+        mlp_tile_rows: tile,
         loss_tile_rows: request.forced.loss_tile_rows.unwrap_or(rows).min(request.tokens),
         checkpoint_slots: segments::slots_needed(&segment_starts, model.n_layers),
         segment_starts,
         checkpoint_place: place,
+        gradients,
         kept_attention_layers: 0,
         kept_qkv_layers: 0,
         kept_gate_up_layers: 0,

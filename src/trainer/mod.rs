@@ -17,6 +17,7 @@ use crate::{
     engine::{self, train::Outcome},
 };
 
+pub mod gpu;
 mod life_line;
 pub mod protocol;
 mod reports;

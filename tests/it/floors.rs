@@ -49,6 +49,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/engine/backend/cpu/simd.rs", "loops compiled for AVX2"),
     ("src/engine/backend/cuda/cudnn/descriptor.rs", "cuDNN takes attributes as untyped memory"),
     ("src/engine/backend/cuda/device.rs", "copies and fills of device memory by address"),
+    ("src/engine/backend/cuda/gemm.rs", "cuBLASLt takes attributes and operands as untyped memory"),
     ("src/engine/backend/cuda/kernels.rs", "launches of our own kernels"),
     ("src/engine/backend/cuda/libraries.rs", "loads NVIDIA's libraries"),
     ("src/engine/comm/nccl.rs", "calls into NCCL"),

@@ -102,7 +102,7 @@ fn session<B: Backend>(name: &str, backend: B, precision: Precision, forced: For
     let config = ModelConfig::from_config_text(&std::fs::read_to_string(folder(name).join("config.json")).unwrap());
     let config = config.unwrap();
     let machine = model::machine(1 << 30);
-    let request = plan::Request { model: &config, precision, tokens: 256, machine: &machine, forced };
+    let request = plan::Request { model: &config, precision, tokens: 256, micro_batches: 1, machine: &machine, forced };
     let plan = plan::plan(&request).unwrap();
     let mut session = Session::new(backend, &plan, &config, &std::env::temp_dir()).unwrap();
     saved::load_base(&mut session, &folder(name)).unwrap();

@@ -11,7 +11,7 @@ use crate::support::model::machine;
 const GIB: u64 = 1 << 30;
 
 fn request<'a>(model: &'a ModelConfig, machine: &'a longhaul::domain::Machine, tokens: u64) -> Request<'a> {
-    Request { model, precision: Precision::F32, tokens, machine, forced: Forced::default() }
+    Request { model, precision: Precision::F32, tokens, micro_batches: 1, machine, forced: Forced::default() }
 }
 
 #[test]
@@ -48,6 +48,7 @@ fn a_token_costs_the_streamed_layer_and_its_slots() {
         kept_attention_layers: Some(0),
         kept_qkv_layers: Some(0),
         kept_gate_up_layers: Some(0),
+        gradients: Some(plan::Gradients::Wide),
         ..Forced::default()
     };
     let bytes = |tokens| {

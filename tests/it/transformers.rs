@@ -31,7 +31,14 @@ fn logits(checkpoint: &Path, text: &str) -> (Vec<i32>, Vec<u8>, f64) {
     // One tile of logits holds every row, and an evaluation leaves them there.
     let forced = Forced { loss_tile_rows: Some(n), chunk_tokens: Some(50), ..Forced::default() };
     let machine = machine(1 << 30);
-    let request = plan::Request { model: &config, precision: Precision::F32, tokens: n, machine: &machine, forced };
+    let request = plan::Request {
+        model: &config,
+        precision: Precision::F32,
+        tokens: n,
+        micro_batches: 1,
+        machine: &machine,
+        forced,
+    };
     let plan = plan::plan(&request).unwrap();
     let mut session = Session::new(Cpu::<f32>::new(2).unwrap(), &plan, &config, &std::env::temp_dir()).unwrap();
     saved::load_base(&mut session, checkpoint).unwrap();

@@ -2,10 +2,10 @@
 
 use serde_json::json;
 
-use super::{Report, twin::Twins};
+use super::{ROUNDS, Report, twin::Twins};
 use crate::engine::{
     Result,
-    backend::{Backend, DType, cuda::Cuda},
+    backend::{Backend, DType, Stream},
 };
 
 /// Rounding one result to bf16 costs up to 2^-9 of it, 0.0017 in the root mean square.
@@ -13,8 +13,6 @@ const BOUND: f64 = 3e-3;
 /// Sums stay in f32; what differs is their order and the exponential's last bits.
 const WIDE_BOUND: f64 = 2e-5;
 const EPS: f64 = 1e-5;
-/// Timed runs of a kernel.
-const ROUNDS: usize = 11;
 
 /// Every operation on one row, few columns, columns that are no multiple of 8 or 32, and on more rows than blocks.
 pub(super) fn check(twins: &mut Twins, report: &mut Report) -> Result {
@@ -71,42 +69,39 @@ fn cross_entropy(t: &mut Twins, report: &mut Report, (rows, vocab): (u64, u64), 
     Ok(())
 }
 
-/// Bytes a second, each input counted once and each output once, beside a copy's.
-pub(super) fn measure(t: &mut Twins, report: &mut Report) -> Result {
-    let (n, h, f, rows, vocab) = (65_536, 4096, 14_336, 4096, 128_256);
+/// What a copy on the device reaches, for the others to be told beside.
+pub(super) fn copy(t: &mut Twins, report: &mut Report) -> Result {
     t.clear();
     let (from, to) = (t.noise_on_gpu(1 << 15, 1 << 15)?, t.gpu_only(DType::Bf16, 1 << 15, 1 << 15));
-    let copy = 2 * from.bytes();
-    let seconds = t.seconds(ROUNDS, |gpu| gpu.device.copy(to, from))?;
-    let limit = copy as f64 / seconds;
-    report.line(&json!({ "speed": "device copy", "gb_per_second": limit / 1e9 }))?;
-    let mut measured = |t: &mut Twins, name: &str, bytes: u64, run: &mut dyn FnMut(&mut Cuda) -> Result| -> Result {
-        let rate = bytes as f64 / t.seconds(ROUNDS, run)?;
-        report.line(&json!({ "speed": name, "gb_per_second": rate / 1e9, "of_copy": rate / limit }))
-    };
+    let seconds = t.seconds(ROUNDS, |gpu| gpu.device.copy(Stream::Compute, to, from))?;
+    report.copy_rate = (2 * from.bytes()) as f64 / seconds;
+    report.line(&json!({ "speed": "device copy", "gb_per_second": report.copy_rate / 1e9 }))
+}
 
+/// Bytes a second at sizes of an 8B model.
+pub(super) fn measure(t: &mut Twins, report: &mut Report) -> Result {
+    let (n, h, f, rows, vocab) = (65_536, 4096, 14_336, 4096, 128_256);
     t.clear();
     let (x, y, dy, dx) =
         (t.noise_on_gpu(n, h)?, t.gpu_only(DType::Bf16, n, h), t.noise_on_gpu(n, h)?, t.noise_on_gpu(n, h)?);
     let (w, dw) = (t.noise_on_gpu(1, h)?, t.wide(1, h)?.gpu);
-    measured(t, "rmsnorm [65536, 4096]", 2 * x.bytes(), &mut |gpu| gpu.rmsnorm(y, x, w, EPS))?;
-    measured(t, "rmsnorm_backward [65536, 4096]", 4 * x.bytes(), &mut |gpu| {
-        gpu.rmsnorm_backward(dx, dw, dy, x, w, EPS)
-    })?;
+    report.speed(t, "rmsnorm [65536, 4096]", 2 * x.bytes(), |gpu| gpu.rmsnorm(y, x, w, EPS))?;
+    report
+        .speed(t, "rmsnorm_backward [65536, 4096]", 4 * x.bytes(), |gpu| gpu.rmsnorm_backward(dx, dw, dy, x, w, EPS))?;
 
     t.clear();
     let n = 16_384;
     let (gate_up, act) = (t.noise_on_gpu(n, 2 * f)?, t.noise_on_gpu(n, f)?);
-    measured(t, "swiglu [16384, 14336]", 3 * act.bytes(), &mut |gpu| gpu.swiglu(act, gate_up))?;
-    measured(t, "swiglu_backward [16384, 14336]", 5 * act.bytes(), &mut |gpu| gpu.swiglu_backward(gate_up, act))?;
+    report.speed(t, "swiglu [16384, 14336]", 3 * act.bytes(), |gpu| gpu.swiglu(act, gate_up))?;
+    report.speed(t, "swiglu_backward [16384, 14336]", 5 * act.bytes(), |gpu| gpu.swiglu_backward(gate_up, act))?;
 
     t.clear();
     let labels: Vec<i32> = (0..rows).collect();
     let (logits, labels, sums) = (t.noise_on_gpu(rows as u64, vocab)?, t.integers(&labels)?.gpu, t.wide(1, 2)?.gpu);
-    measured(t, "cross_entropy [4096, 128256], loss", logits.bytes(), &mut |gpu| {
+    report.speed(t, "cross_entropy [4096, 128256], loss", logits.bytes(), |gpu| {
         gpu.cross_entropy(sums, logits, labels, None)
     })?;
-    measured(t, "cross_entropy [4096, 128256], loss and gradient", 2 * logits.bytes(), &mut |gpu| {
+    report.speed(t, "cross_entropy [4096, 128256], loss and gradient", 2 * logits.bytes(), |gpu| {
         gpu.cross_entropy(sums, logits, labels, Some(1e-3))
     })
 }

@@ -4,15 +4,18 @@ use half::bf16;
 
 use crate::engine::{
     Result,
-    backend::{ALIGNMENT, Backend, DType, Tensor, cpu::Cpu, cuda::Cuda},
+    backend::{ALIGNMENT, Backend, DType, Stream, Tensor, cpu::Cpu, cuda::Cuda},
 };
 
 /// Bytes of the reference's arena: zero pages until they are used.
 const REFERENCE_BYTES: u64 = 8 << 30;
+/// The same for the reference that stores bf16.
+const SAME_BYTES: u64 = 2 << 30;
 /// A NaN in bf16 and f32.
 const POISON: u8 = 0xff;
 
-/// The two sides of one tensor: storage is f32 on the CPU, holding values that bf16 holds too.
+/// The two sides of one tensor. Made by [`Twins::storage`] and its like, storage is f32 on the CPU, holding values that bf16
+/// holds too; made by [`Twins::same`], both sides hold the same bytes.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Twin {
     pub(super) cpu: Tensor,
@@ -23,20 +26,36 @@ pub(super) struct Twin {
 pub(super) struct Twins {
     pub(super) cpu: Cpu<f32>,
     pub(super) gpu: Cuda,
+    /// Stores what the GPU stores, for operations that must agree in every bit.
+    pub(super) same: Cpu<bf16>,
     free: (u64, u64),
+    free_same: u64,
     gpu_bytes: u64,
     random: u64,
 }
 
+impl Twin {
+    /// `n` elements from element `first` on, as one row: slices of flat arrays start anywhere.
+    pub(super) fn part(self, first: u64, n: u64) -> Self {
+        let part = |whole: Tensor| {
+            assert!(first + n <= whole.elements(), "a part of {whole:?}");
+            Tensor { offset: whole.offset + first * whole.dtype.bytes(), rows: 1, cols: n, ..whole }
+        };
+        Self { cpu: part(self.cpu), gpu: part(self.gpu) }
+    }
+}
+
 impl Twins {
-    pub(super) fn new(mut cpu: Cpu<f32>, gpu: Cuda, gpu_bytes: u64) -> Result<Self> {
+    pub(super) fn new(mut cpu: Cpu<f32>, mut same: Cpu<bf16>, gpu: Cuda, gpu_bytes: u64) -> Result<Self> {
         cpu.reserve(REFERENCE_BYTES, 0)?;
-        Ok(Self { cpu, gpu, free: (0, 0), gpu_bytes, random: 0x9e37_79b9_7f4a_7c15 })
+        same.reserve(SAME_BYTES, 0)?;
+        Ok(Self { cpu, gpu, same, free: (0, 0), free_same: 0, gpu_bytes, random: 0x9e37_79b9_7f4a_7c15 })
     }
 
     /// Forgets every tensor.
     pub(super) fn clear(&mut self) {
         self.free = (0, 0);
+        self.free_same = 0;
     }
 
     fn place(free: &mut u64, dtype: DType, rows: u64, cols: u64) -> Tensor {
@@ -110,6 +129,40 @@ impl Twins {
         Ok(twin)
     }
 
+    /// Bytes on the GPU and on the CPU that stores bf16. `dtype` and shape must fit them.
+    pub(super) fn same(&mut self, dtype: DType, rows: u64, cols: u64, bytes: &[u8]) -> Result<Twin> {
+        let cpu = Self::place(&mut self.free_same, dtype, rows, cols);
+        let twin = Twin { cpu, gpu: self.gpu_only(dtype, rows, cols) };
+        self.same.upload(twin.cpu, bytes)?;
+        self.gpu.device.upload(twin.gpu, bytes)?;
+        Ok(twin)
+    }
+
+    /// Noise for [`Self::same`]: floats of standard deviation 1, any integers.
+    pub(super) fn same_noise(&mut self, dtype: DType, rows: u64, cols: u64) -> Result<Twin> {
+        let values: Vec<f32> = (0..rows * cols).map(|_| self.noise()).collect();
+        let bytes: Vec<u8> = match dtype {
+            DType::Bf16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
+            DType::U16 => values.iter().flat_map(|x| (x.to_bits() as u16).to_le_bytes()).collect(),
+            _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
+        };
+        self.same(dtype, rows, cols, &bytes)
+    }
+
+    /// An output for [`Self::same`], NaN on both sides until it is written.
+    pub(super) fn same_output(&mut self, dtype: DType, rows: u64, cols: u64) -> Result<Twin> {
+        self.same(dtype, rows, cols, &vec![POISON; (rows * cols * dtype.bytes()) as usize])
+    }
+
+    /// Share of a tensor's bytes that differ, of one made by [`Self::same`] and its like.
+    pub(super) fn differing(&mut self, twin: Twin) -> Result<f64> {
+        let mut sides = [(); 2].map(|()| vec![0u8; twin.gpu.bytes() as usize]);
+        self.same.download(twin.cpu, &mut sides[0])?;
+        self.gpu.device.download(twin.gpu, &mut sides[1])?;
+        let differing = sides[0].iter().zip(&sides[1]).filter(|(a, b)| a != b).count();
+        Ok(differing as f64 / sides[0].len() as f64)
+    }
+
     /// Random bf16 on the GPU alone, for timing: a tile of noise over and over.
     pub(super) fn noise_on_gpu(&mut self, rows: u64, cols: u64) -> Result<Tensor> {
         const TILE: u64 = 1 << 24;
@@ -122,7 +175,7 @@ impl Twins {
         while done < flat.cols {
             let cols = (flat.cols - done).min(TILE);
             let to = Tensor { offset: flat.offset + done * 2, cols, ..flat };
-            self.gpu.device.copy(to, Tensor { cols, ..first })?;
+            self.gpu.device.copy(Stream::Compute, to, Tensor { cols, ..first })?;
             done += cols;
         }
         Ok(tensor)

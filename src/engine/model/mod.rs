@@ -1,6 +1,7 @@
 //! The transformer, written out: which weights there are, one streamed layer, and the walk over all layers.
 
 pub mod block;
+pub mod gradients;
 pub mod params;
 pub mod transformer;
 

@@ -22,6 +22,33 @@ pub struct LayerParams {
     pub down: Tensor,
 }
 
+impl LayerParams {
+    /// The whole layer as one run of elements: its parameters lie one behind the other.
+    pub fn flat(&self) -> Tensor {
+        let down = self.down;
+        let bytes = down.offset + down.bytes() - self.attention_norm.offset;
+        Tensor { rows: 1, cols: bytes / down.dtype.bytes(), ..self.attention_norm }
+    }
+
+    /// The same shapes over another flat run of as many elements.
+    ///
+    /// # Panics
+    /// When that is shorter.
+    #[must_use]
+    pub fn over(&self, flat: Tensor) -> Self {
+        let mut pieces = Pieces { flat, taken: 0 };
+        let mut like = |tensor: Tensor| pieces.take(tensor.rows, tensor.cols);
+        Self {
+            attention_norm: like(self.attention_norm),
+            qkv: like(self.qkv),
+            output: like(self.output),
+            mlp_norm: like(self.mlp_norm),
+            gate_up: like(self.gate_up),
+            down: like(self.down),
+        }
+    }
+}
+
 /// All parameters, or their gradients or moments.
 #[derive(Debug, Clone)]
 pub struct Params {

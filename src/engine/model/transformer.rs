@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::{
     block::{self, Pass},
+    gradients::Gradients,
     params::Params,
 };
 use crate::{
@@ -21,8 +22,8 @@ use crate::{
 pub struct Transformer {
     pub config: ModelConfig,
     pub weights: Params,
-    /// Wide; added to by every backward.
-    pub grads: Params,
+    /// Added to by every backward.
+    pub grads: Gradients,
     /// First layers of the segments whose inputs are kept, ascending from 0.
     pub segment_starts: Vec<u64>,
     pub checkpoints: CheckpointOffload,
@@ -63,13 +64,15 @@ impl Transformer {
             self.layer_forward(b, layer, at, Pass::First, keep)?;
         }
         let labels = self.labels.rows(0, at.tokens);
-        let dw = loss::Weights { norm: self.grads.norm, head: self.grads.head };
+        let dw = self.grads.begin_loss(b)?;
         let gradient = loss::Gradient { dx: dy, dw, scale };
         self.loss.forward_backward(b, self.sums, (x, labels), &self.head(), Some(gradient))?;
+        self.grads.end_loss(b)?;
         for segment in (0..self.segment_starts.len()).rev() {
             self.segment_backward(b, segment, at)?;
         }
-        b.embedding_backward(self.grads.embedding, ids, dy)
+        b.embedding_backward(self.grads.embedding(), ids, dy)?;
+        self.grads.end_embedding(b)
     }
 
     /// Forward alone over one sequence: adds to `sums`.
@@ -136,8 +139,9 @@ impl Transformer {
                 self.checkpoints.fetch(b, layer, x, false)?;
             }
             let kept = self.checkpoints.layer(layer);
-            let (weights, grads) = (&self.weights.layers[layer as usize], &self.grads.layers[layer as usize]);
-            self.block.backward(b, (dy, x), (weights, &kept), grads, at)?;
+            let (weights, grads) = (&self.weights.layers[layer as usize], self.grads.begin_layer(b, layer)?);
+            self.block.backward(b, (dy, x), (weights, &kept), &grads, at)?;
+            self.grads.end_layer(b, layer)?;
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ pub struct States {
     pub low: Option<Tensor>,
     pub m: Tensor,
     pub v: Tensor,
-    /// Wide.
+    /// Wide or storage.
     pub g: Tensor,
 }
 

@@ -16,7 +16,10 @@ use crate::{
             attention::{self, KeysValues},
             loss, mlp,
         },
-        model::{Params, Transformer, block},
+        model::{
+            Params, Transformer, block,
+            gradients::{Gradients, Sums},
+        },
         optim,
     },
     plan::{Layout, Place, Plan, Slot, layout::Element},
@@ -58,6 +61,15 @@ impl Binding<'_> {
 
     fn pair(&self, a: Slot, b: Slot) -> Option<(Tensor, Tensor)> {
         Some((self.find(a)?, self.find(b)?))
+    }
+
+    /// Wide sums beside gradients that are kept in storage.
+    fn sums(&self, config: &ModelConfig) -> Option<Sums> {
+        let (layer, outside) = self.pair(Slot::LayerGradients, Slot::VocabularyGradients)?;
+        let (vocab, h) = (config.vocab_size, config.hidden_size);
+        let vocabulary = outside.shaped(vocab, h);
+        let norm = Tensor { offset: outside.offset + vocabulary.bytes(), ..outside.shaped(1, h) };
+        Some(Sums { layer, vocabulary, norm })
     }
 
     fn kept(&self) -> Kept {
@@ -115,7 +127,7 @@ pub fn bind<B: Backend>(b: &B, plan: &Plan, config: &ModelConfig, spill: &Path) 
     };
     let model = Transformer {
         config: config.clone(),
-        grads: Params::over(config, grads_flat),
+        grads: Gradients { kept: Params::over(config, grads_flat), sums: binding.sums(config) },
         weights,
         segment_starts: plan.choice.segment_starts.clone(),
         checkpoints: CheckpointOffload::new(slots, plan.tokens, binding.kept()),

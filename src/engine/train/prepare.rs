@@ -38,6 +38,7 @@ pub(super) fn data_and_plan(run: &RunSpec, config: &ModelConfig, observer: &mut 
         model: config,
         precision: spec.precision,
         tokens: asked,
+        micro_batches: u64::from(spec.gradient_accumulation_steps),
         machine: &run.machine,
         forced: Forced::default(),
     };

@@ -73,7 +73,7 @@ impl<B: Backend> Session<B> {
 
     /// Every gradient under its parameter's name, as the last backward left them (before the update, unscaled).
     pub fn grads(&self) -> Vec<Named> {
-        self.bound.model.grads.named(&self.bound.model.config)
+        self.bound.model.grads.kept.named(&self.bound.model.config)
     }
 
     /// Flat weights, moments and low halves: what a resumed run needs back, bit for bit.
@@ -95,7 +95,11 @@ impl<B: Backend> Session<B> {
     pub fn gradients(&mut self, batches: &[Batch]) -> Result {
         // Counted over the whole step before the first sequence: every label weighs the same, whichever sequence has it.
         let valid: u64 = batches.iter().map(valid_labels).sum();
-        self.backend.fill(self.bound.states.g, 0.0)?;
+        if self.bound.model.grads.sums.is_none() {
+            self.backend.fill(self.bound.states.g, 0.0)?;
+        } else {
+            assert!(batches.len() < 2, "gradients of several sequences add up in the wide type");
+        }
         self.backend.fill(self.bound.model.sums, 0.0)?;
         for batch in batches {
             self.bound.model.forward_backward(&mut self.backend, *batch, 1.0 / valid.max(1) as f64)?;

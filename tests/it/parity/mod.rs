@@ -3,6 +3,7 @@
 
 mod checkpoint_offload;
 mod chunks;
+mod gradients;
 mod tiled_loss;
 mod tiled_mlp;
 
@@ -24,6 +25,7 @@ fn plain(tokens: u64, config: &ModelConfig) -> Forced {
         kept_gate_up_layers: Some(0),
         mlp_tile_rows: Some(tokens),
         loss_tile_rows: Some(tokens),
+        gradients: None,
         widths: None,
     }
 }

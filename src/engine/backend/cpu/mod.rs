@@ -18,7 +18,7 @@ mod rope;
 mod simd;
 mod swiglu;
 
-use std::{any::TypeId, fs::File, os::unix::fs::FileExt, path::PathBuf};
+use std::{fs::File, os::unix::fs::FileExt, path::PathBuf};
 
 use half::bf16;
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -383,20 +383,9 @@ where
     }
 
     fn adamw(&mut self, state: OptimizerState, g: Tensor, scale: Tensor, hyper: &AdamW) -> Result {
-        let OptimizerState { w, low, m, v } = state;
-        let Some(low) = low else {
-            return self.run([w, m, v, g, scale], |[a, b, c, d, e]| {
-                let scale = scalar::<S::Wide>(e, scale);
-                let state = (typed::<S::Wide>(a, w), typed::<S::Wide>(b, m), typed::<S::Wide>(c, v));
-                adamw::wide(state, typed::<S::Wide>(d, g), scale, hyper);
-            });
-        };
-        assert_eq!(TypeId::of::<S>(), TypeId::of::<bf16>(), "only bf16 weights have a master's low half");
-        self.run([w, low, m, v, g, scale], |[a, l, b, c, d, e]| {
-            let scale = scalar::<f32>(e, scale);
-            let moments = (typed::<f32>(b, m), typed::<f32>(c, v));
-            adamw::split((typed(a, w), elements(l)), moments, typed::<f32>(d, g), scale, hyper);
-        })
+        assert!(state.low.is_none() || S::DTYPE == DType::Bf16, "only bf16 weights have a master's low half");
+        let low = state.low.unwrap_or(Tensor { dtype: DType::U16, rows: 0, ..state.w });
+        self.run([state.w, low, state.m, state.v, g, scale], |bytes| adamw::adamw::<S>(bytes, &state, g, hyper))
     }
 }
 

@@ -82,12 +82,12 @@ impl Regions {
     }
 }
 
-impl Cuda {
-    /// `Backend::attention_workspace`: bf16 gradients of one kv head's keys, f32 sums of dq, and cuDNN's own.
-    pub fn attention_workspace(&self, heads: Heads, c: u64, kv: u64) -> u64 {
-        Regions::of(heads.n_heads / heads.n_kv_heads, heads.head_dim, c, kv).end
-    }
+/// `Backend::attention_workspace`: bf16 gradients of one kv head's keys, f32 sums of dq, and cuDNN's own.
+pub fn workspace_bytes(heads: Heads, c: u64, kv: u64) -> u64 {
+    Regions::of(heads.n_heads / heads.n_kv_heads, heads.head_dim, c, kv).end
+}
 
+impl Cuda {
     /// Address of an element of a bf16 or f32 matrix.
     fn element(&self, tensor: Tensor, row: u64, column: u64) -> u64 {
         self.device.address(tensor) + (row * tensor.cols + column) * tensor.dtype.bytes()
@@ -113,7 +113,7 @@ impl Cuda {
     /// `Backend::attention`.
     ///
     /// # Panics
-    /// When the workspace is smaller than [`Cuda::attention_workspace`].
+    /// When the workspace is smaller than [`workspace_bytes`].
     pub fn attention(
         &mut self,
         o: Tensor,
@@ -137,7 +137,7 @@ impl Cuda {
     /// `Backend::attention_backward`. The spread of dq, dk and dv between runs is that of cuDNN's atomic additions.
     ///
     /// # Panics
-    /// When the workspace is smaller than [`Cuda::attention_workspace`].
+    /// When the workspace is smaller than [`workspace_bytes`].
     pub fn attention_backward(
         &mut self,
         grads: AttentionGrads,

@@ -1,41 +1,102 @@
-//! One GPU: its context, the compute stream, the arena of tensors, and blocking copies between it and the host.
+//! One GPU: its context, its streams, the two arenas of tensors (device memory, pinned host memory), and copies.
 #![expect(
     unsafe_code,
     reason = "device memory is addressed by number: the driver's copies and fills take raw addresses"
 )]
 
-use std::sync::Arc;
+use std::{ffi::c_void, sync::Arc};
 
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaStream,
     result::{self, mem_get_info},
-    sys::CUevent_flags,
+    sys::{self, CUevent_flags},
 };
 
-use super::{super::Tensor, driver};
+use super::{
+    super::{Space, Stream, Tensor},
+    driver,
+};
 use crate::engine::{Error, Result};
 
-/// A GPU with `bytes` of its memory taken at once.
-#[derive(Debug)]
-pub struct Device {
-    pub(super) context: Arc<CudaContext>,
-    pub(super) stream: Arc<CudaStream>,
-    arena: u64,
+/// A block of memory: its first address (the driver gives host memory the same address on both sides) and its size.
+#[derive(Debug, Clone, Copy, Default)]
+struct Block {
+    start: u64,
     bytes: u64,
 }
 
+/// A GPU. Everything on it is queued: operations on the compute stream, copies where the caller says.
+#[derive(Debug)]
+pub struct Device {
+    pub(super) context: Arc<CudaContext>,
+    compute: Arc<CudaStream>,
+    down: Arc<CudaStream>,
+    up: Arc<CudaStream>,
+    comm: Arc<CudaStream>,
+    memory: Block,
+    host: Block,
+    /// Free bytes of the card before the arenas were taken.
+    free_before: u64,
+    multiprocessors: u64,
+}
+
+fn free_bytes() -> u64 {
+    mem_get_info().map_or(0, |(free, _)| free as u64)
+}
+
 impl Device {
-    /// Opens GPU `ordinal` of this process and takes `bytes` of its memory. Content is undefined.
-    pub(super) fn open(ordinal: usize, bytes: u64) -> Result<Self> {
+    /// Opens GPU `ordinal` of this process. No memory is taken yet.
+    pub(super) fn open(ordinal: usize) -> Result<Self> {
         let context = CudaContext::new(ordinal).map_err(driver("open the GPU"))?;
-        let stream = context.new_stream().map_err(driver("make a stream"))?;
+        // Slices of the bindings would carry events of their own; our streams are ordered by `record` and `wait` alone.
+        // SAFETY: no slice of the bindings exists, in this context or later.
+        unsafe { context.disable_event_tracking() };
+        let stream = || context.new_stream().map_err(driver("make a stream"));
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
+        let multiprocessors = context.attribute(attribute).map_err(driver("count multiprocessors"))? as u64;
+        let (compute, down, up, comm) = (stream()?, stream()?, stream()?, stream()?);
+        let (memory, host) = (Block::default(), Block::default());
+        Ok(Self { context, compute, down, up, comm, memory, host, free_before: free_bytes(), multiprocessors })
+    }
+
+    /// Takes the arenas, once: `bytes` of the card's memory and `host_bytes` of pinned host memory. Content is undefined.
+    ///
+    /// # Panics
+    /// When they were taken before.
+    pub(super) fn reserve(&mut self, bytes: u64, host_bytes: u64) -> Result {
+        assert!(self.memory.bytes == 0 && self.host.bytes == 0, "arenas are taken once");
+        self.bind()?;
+        self.free_before = free_bytes();
+        let lacking = |space, bytes| {
+            move |error: cudarc::driver::DriverError| {
+                let cause = format!("{error}, {} bytes of device memory are free", free_bytes());
+                Error::OutOfMemory { space, bytes, cause }
+            }
+        };
         // SAFETY: an allocation of its own, freed in `drop` by the context that is current here.
-        let arena = unsafe { result::malloc_sync(bytes as usize) };
-        let arena = arena.map_err(|error| {
-            let free = mem_get_info().map_or(String::new(), |(free, _)| format!(", {free} bytes are free"));
-            Error::OutOfMemory { space: "device", bytes, cause: format!("{error}{free}") }
-        })?;
-        Ok(Self { context, stream, arena, bytes })
+        let start = unsafe { result::malloc_sync(bytes as usize) }.map_err(lacking("device", bytes))?;
+        self.memory = Block { start, bytes };
+        if host_bytes > 0 {
+            // SAFETY: as above. Portable, not write-combined: the host reads it too.
+            let start = unsafe { result::malloc_host(host_bytes as usize, sys::CU_MEMHOSTALLOC_PORTABLE) };
+            let start = start.map_err(lacking("pinned host", host_bytes))?.expose_provenance() as u64;
+            self.host = Block { start, bytes: host_bytes };
+        }
+        Ok(())
+    }
+
+    /// Bytes of the device arena.
+    pub(super) fn arena_bytes(&self) -> u64 {
+        self.memory.bytes
+    }
+
+    /// Bytes of the card that were taken since just before the arena was, by the driver's count: the arena, and what
+    /// libraries took for themselves.
+    pub(super) fn taken_bytes(&self) -> u64 {
+        if self.bind().is_err() {
+            return 0;
+        }
+        self.free_before.saturating_sub(free_bytes())
     }
 
     /// Name of the card, as the driver gives it.
@@ -43,31 +104,61 @@ impl Device {
         self.context.name().map_err(driver("name the GPU"))
     }
 
-    /// Number of multiprocessors.
-    pub fn multiprocessors(&self) -> Result<u64> {
-        let attribute = cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-        self.context.attribute(attribute).map(|count| count as u64).map_err(driver("count multiprocessors"))
+    /// Free and total bytes of the card now.
+    pub fn memory_bytes(&self) -> Result<(u64, u64)> {
+        self.bind()?;
+        mem_get_info().map(|(free, total)| (free as u64, total as u64)).map_err(driver("measure memory"))
     }
 
-    /// Where a tensor lies in the GPU's memory.
+    /// Number of multiprocessors.
+    pub fn multiprocessors(&self) -> u64 {
+        self.multiprocessors
+    }
+
+    /// The stream that operations are queued on.
+    pub(super) fn compute(&self) -> &Arc<CudaStream> {
+        &self.compute
+    }
+
+    /// The same as the libraries take it.
+    pub(super) fn compute_stream(&self) -> sys::CUstream {
+        self.compute.cu_stream()
+    }
+
+    fn stream(&self, stream: Stream) -> &Arc<CudaStream> {
+        match stream {
+            Stream::Compute => &self.compute,
+            Stream::Down => &self.down,
+            Stream::Up => &self.up,
+            Stream::Comm => &self.comm,
+        }
+    }
+
+    /// Where a tensor lies.
     ///
     /// # Panics
-    /// When it leaves the arena: a bug in the caller's layout.
+    /// When it leaves its arena: a bug in the caller's layout.
     pub(super) fn address(&self, tensor: Tensor) -> u64 {
+        let arena = match tensor.space {
+            Space::Device => self.memory,
+            Space::Host => self.host,
+        };
         let end = tensor.offset.checked_add(tensor.bytes());
-        assert!(end.is_some_and(|end| end <= self.bytes), "{tensor:?} leaves an arena of {} bytes", self.bytes);
-        self.arena + tensor.offset
+        assert!(end.is_some_and(|end| end <= arena.bytes), "{tensor:?} leaves an arena of {} bytes", arena.bytes);
+        arena.start + tensor.offset
     }
 
-    /// Copies host bytes into a tensor. Blocks.
+    /// Copies host bytes into a tensor, after everything queued so far. Blocks.
     ///
     /// # Panics
     /// When the two sides differ in bytes.
     pub fn upload(&self, to: Tensor, bytes: &[u8]) -> Result {
         assert_eq!(to.bytes(), bytes.len() as u64, "bytes of a tensor");
-        self.bind()?;
-        // SAFETY: the destination holds exactly `bytes.len()` bytes, and the call returns when they are copied.
-        unsafe { result::memcpy_htod_sync(self.address(to), bytes) }.map_err(driver("copy to the device"))
+        let address = self.address(to);
+        self.synchronize()?;
+        let from = bytes.as_ptr().expose_provenance() as u64;
+        self.queue_copy(&self.compute, address, from, bytes.len() as u64)?;
+        self.compute.synchronize().map_err(driver("copy to the device"))
     }
 
     /// Copies a tensor out to host bytes, after everything queued so far. Blocks.
@@ -76,22 +167,30 @@ impl Device {
     /// When the two sides differ in bytes.
     pub fn download(&self, from: Tensor, bytes: &mut [u8]) -> Result {
         assert_eq!(from.bytes(), bytes.len() as u64, "bytes of a tensor");
+        let address = self.address(from);
         self.synchronize()?;
-        // SAFETY: the source holds exactly `bytes.len()` bytes, nothing writes it now, and the call returns when done.
-        unsafe { result::memcpy_dtoh_sync(bytes, self.address(from)) }.map_err(driver("copy from the device"))
+        let to = bytes.as_mut_ptr().expose_provenance() as u64;
+        self.queue_copy(&self.compute, to, address, bytes.len() as u64)?;
+        self.compute.synchronize().map_err(driver("copy from the device"))
     }
 
-    /// Queues `to = from`: same bytes, no overlap.
+    /// Queues `to = from` on a stream: same bytes, no overlap, either arena.
     ///
     /// # Panics
     /// When the two sides differ in bytes.
-    pub fn copy(&self, to: Tensor, from: Tensor) -> Result {
+    pub fn copy(&self, stream: Stream, to: Tensor, from: Tensor) -> Result {
         assert_eq!(to.bytes(), from.bytes(), "bytes of a copy");
-        let (to_address, from_address) = (self.address(to), self.address(from));
+        self.queue_copy(self.stream(stream), self.address(to), self.address(from), to.bytes())
+    }
+
+    /// Both addresses must hold `bytes` bytes until the stream has passed.
+    fn queue_copy(&self, stream: &CudaStream, to: u64, from: u64, bytes: u64) -> Result {
+        if bytes == 0 {
+            return Ok(());
+        }
         self.bind()?;
-        // SAFETY: both lie in the arena with the same number of bytes; the stream orders the copy among operations.
-        unsafe { result::memcpy_dtod_async(to_address, from_address, to.bytes() as usize, self.stream.cu_stream()) }
-            .map_err(driver("copy on the device"))
+        // SAFETY: the callers checked both sides: arenas live as long as the device, host slices are waited for.
+        unsafe { sys::cuMemcpyAsync(to, from, bytes as usize, stream.cu_stream()) }.result().map_err(driver("copy"))
     }
 
     /// Queues setting every byte of a tensor: 0 for zeros, 0xff for a NaN in every float.
@@ -99,18 +198,31 @@ impl Device {
         let address = self.address(to);
         self.bind()?;
         // SAFETY: the tensor lies in the arena; the stream orders the fill among operations.
-        unsafe { result::memset_d8_async(address, byte, to.bytes() as usize, self.stream.cu_stream()) }
+        unsafe { result::memset_d8_async(address, byte, to.bytes() as usize, self.compute_stream()) }
             .map_err(driver("fill"))
     }
 
-    /// Waits until everything queued is done, and reports any error of the past.
-    pub fn synchronize(&self) -> Result {
-        self.stream.synchronize().map_err(driver("wait for the device"))
+    /// A mark after everything queued on a stream; cheap, keeps no time.
+    pub(super) fn record(&self, stream: Stream) -> Result<CudaEvent> {
+        self.stream(stream).record_event(None).map_err(driver("record an event"))
     }
 
-    /// A mark after everything queued so far, which keeps the time it was reached.
+    /// Lets a stream wait for a mark.
+    pub(super) fn wait(&self, stream: Stream, event: &CudaEvent) -> Result {
+        self.stream(stream).wait(event).map_err(driver("wait for an event"))
+    }
+
+    /// Waits until everything queued on every stream is done, and reports any error of the past.
+    pub fn synchronize(&self) -> Result {
+        for stream in [&self.compute, &self.down, &self.up, &self.comm] {
+            stream.synchronize().map_err(driver("wait for the device"))?;
+        }
+        Ok(())
+    }
+
+    /// A mark on the compute stream that keeps the time it was reached.
     pub fn mark(&self) -> Result<CudaEvent> {
-        self.stream.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver("record an event"))
+        self.compute.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver("record an event"))
     }
 
     /// Seconds between two marks, by the device's own clock. Waits for the second.
@@ -127,10 +239,18 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if self.bind().is_ok() && self.stream.synchronize().is_ok() {
-            // SAFETY: allocated in `open` and freed nowhere else; the stream has nothing left that reads it.
-            // At the end of a process there is nobody left to tell; the driver takes the memory back in any case.
-            let _ = unsafe { result::free_sync(self.arena) };
+        if self.synchronize().is_err() || self.bind().is_err() {
+            return;
+        }
+        // At the end of a process there is nobody left to tell; the driver takes the memory back in any case.
+        if self.memory.bytes > 0 {
+            // SAFETY: allocated in `reserve` and freed nowhere else; no stream has anything left that reads it.
+            let _ = unsafe { result::free_sync(self.memory.start) };
+        }
+        if self.host.bytes > 0 {
+            let start = std::ptr::with_exposed_provenance_mut::<c_void>(self.host.start as usize);
+            // SAFETY: as above.
+            let _ = unsafe { result::free_host(start) };
         }
     }
 }

@@ -14,11 +14,42 @@ use crate::engine::{Error, Result};
 /// Name of a source file without its ending, and the fatbin made of it. Empty when the build found no nvcc.
 const FATBINS: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
-/// Every kernel by the file that holds it. `_8` reads 16 bytes a thread and wants rows of a multiple of 8; `_1` takes any.
+/// Every kernel by the file that holds it. `_8` reads 16 bytes a thread and wants rows of a multiple of 8, `_4` reads 4
+/// elements of a flat array and wants its address to be a multiple of theirs; `_1` takes any.
 pub const KERNELS: &[(&str, &[&str])] = &[
+    ("adamw", &["adamw_split_4", "adamw_split_1", "adamw_wide_4", "adamw_wide_1"]),
     ("attention", &["attention_accumulate"]),
     ("cross_entropy", &["cross_entropy_8", "cross_entropy_1", "cross_entropy_sums"]),
+    (
+        "elementwise",
+        &[
+            "fill_words",
+            "fill_halves",
+            "cast_4",
+            "cast_1",
+            "accumulate_4",
+            "accumulate_1",
+            "sum_squares_4",
+            "sum_squares_1",
+            "sum_squares_total",
+            "clip_scale",
+        ],
+    ),
+    (
+        "embedding",
+        &[
+            "embedding_8",
+            "embedding_1",
+            "embedding_pairs",
+            "embedding_count",
+            "embedding_scan",
+            "embedding_place",
+            "embedding_backward_2",
+            "embedding_backward_1",
+        ],
+    ),
     ("rmsnorm", &["rmsnorm_8", "rmsnorm_1", "rmsnorm_backward_8", "rmsnorm_backward_1", "rmsnorm_gain"]),
+    ("rope", &["rope_table", "rope_split_8", "rope_split_1", "rope_merge_backward_8", "rope_merge_backward_1"]),
     ("swiglu", &["swiglu_8", "swiglu_1", "swiglu_backward_8", "swiglu_backward_1"]),
 ];
 
@@ -35,13 +66,19 @@ pub fn embedded() -> Result<&'static [(&'static str, &'static [u8])]> {
 
 /// What a kernel takes.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Argument {
+pub(super) enum Argument<'a> {
     /// Address of a tensor that holds what the kernel's header says.
     Pointer(u64),
     Count(i64),
     Flag(i32),
     Float(f32),
+    Double(f64),
+    /// `struct Frequencies` of rope.cu, which travels among the arguments.
+    Frequencies(&'a [f64; MOST_FREQUENCIES]),
 }
+
+/// Most frequencies that rope_table takes.
+pub(super) const MOST_FREQUENCIES: usize = 128;
 
 /// The shape of a launch: blocks, threads of a block (a multiple of 32), bytes of dynamic shared memory.
 #[derive(Debug, Clone, Copy)]
@@ -76,7 +113,7 @@ impl Kernels {
             }
         }
         let large = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        for name in ["rmsnorm_backward_8", "rmsnorm_backward_1"] {
+        for name in ["rmsnorm_backward_8", "rmsnorm_backward_1", "cross_entropy_8", "cross_entropy_1"] {
             functions[name].set_attribute(large, MOST_SHARED_BYTES as i32).map_err(driver(name))?;
         }
         Ok(Self { functions })
@@ -89,13 +126,15 @@ impl Kernels {
         }
         let blocks = u32::try_from(grid.blocks).ok().filter(|blocks| i32::try_from(*blocks).is_ok());
         let blocks = blocks.unwrap_or_else(|| panic!("{name}: {} blocks are more than a grid holds", grid.blocks));
-        let mut launch = device.stream.launch_builder(&self.functions[name]);
+        let mut launch = device.compute().launch_builder(&self.functions[name]);
         for argument in arguments {
             match argument {
                 Argument::Pointer(address) => launch.arg(address),
                 Argument::Count(count) => launch.arg(count),
                 Argument::Flag(flag) => launch.arg(flag),
                 Argument::Float(value) => launch.arg(value),
+                Argument::Double(value) => launch.arg(value),
+                Argument::Frequencies(values) => launch.arg(*values),
             };
         }
         let shape = LaunchConfig {
@@ -103,7 +142,7 @@ impl Kernels {
             block_dim: (grid.threads, 1, 1),
             shared_mem_bytes: grid.shared_bytes,
         };
-        // SAFETY: `operations` and `attention` pass what the kernel's header lists, addresses of tensors checked to lie in
+        // SAFETY: the operations of this backend pass what the kernel's header lists, addresses of tensors checked to lie in
         // the arena with the shapes that the counts say.
         unsafe { launch.launch(shape) }.map(drop).map_err(driver(name))
     }

@@ -1,8 +1,8 @@
 //! Finds NVIDIA's libraries before anything calls them: a call into one that is absent would panic inside the bindings.
 //!
-//! The driver comes with the machine. cuDNN is looked for on the library path, then in folders named by the user, then among
-//! the packages of the `python3` on the path (`nvidia/cudnn/lib`, where PyTorch's wheels put it); it finds cuBLASLt and NVRTC
-//! beside itself. A library found by path is loaded and kept, so that the bindings' search by name meets it.
+//! The driver comes with the machine. cuBLASLt and cuDNN are looked for on the library path, then in folders named by the
+//! user, then among the packages of the `python3` on the path (where PyTorch's wheels put them); cuDNN finds NVRTC by itself.
+//! A library found by path is loaded and kept, so that the bindings' search by name meets it.
 #![expect(unsafe_code, reason = "loading a library runs its initialisers")]
 
 use std::{
@@ -10,15 +10,26 @@ use std::{
     process::Command,
 };
 
-use cudarc::{cudnn, driver};
+use cudarc::{cublaslt, cudnn, driver};
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
 use crate::engine::{Error, Result};
 
-/// File name of cuDNN's library: the one that the bindings also ask for.
-const CUDNN: &str = "libcudnn.so.9";
+/// One library: what it is called, its file (the name that the bindings also ask for), its folder among Python's packages,
+/// and the package that brings it.
+struct Wanted {
+    name: &'static str,
+    file: &'static str,
+    folder: &'static str,
+    package: &'static str,
+}
 
-/// Opens the driver and cuDNN, or says which is missing and where it was looked for.
+const CUBLASLT: Wanted =
+    Wanted { name: "cuBLASLt 13", file: "libcublasLt.so.13", folder: "nvidia/cu13/lib", package: "nvidia-cublas" };
+const CUDNN: Wanted =
+    Wanted { name: "cuDNN 9", file: "libcudnn.so.9", folder: "nvidia/cudnn/lib", package: "nvidia-cudnn-cu13" };
+
+/// Opens the driver, cuBLASLt and cuDNN, or says which is missing and where it was looked for.
 pub(super) fn open(folders: &[PathBuf]) -> Result {
     // SAFETY: asks the dynamic loader for NVIDIA's driver, whose initialisers have no preconditions.
     if !unsafe { driver::sys::is_culib_present() } {
@@ -26,26 +37,32 @@ pub(super) fn open(folders: &[PathBuf]) -> Result {
             "no NVIDIA driver on this machine: looked for libcuda.so and libcuda.so.1 on the library path".to_owned(),
         ));
     }
-    open_cudnn(folders)
+    // SAFETY: as for the driver.
+    if !unsafe { cublaslt::sys::is_culib_present() } {
+        find(&CUBLASLT, folders)?;
+    }
+    // SAFETY: as for the driver.
+    if !unsafe { cudnn::sys::is_culib_present() } {
+        find(&CUDNN, folders)?;
+    }
+    Ok(())
 }
 
-fn open_cudnn(folders: &[PathBuf]) -> Result {
-    // SAFETY: as for the driver.
-    if unsafe { cudnn::sys::is_culib_present() } {
-        return Ok(());
-    }
-    let mut looked = vec![format!("{CUDNN} on the library path")];
-    let packages = python_packages().map(|folder| folder.join("nvidia/cudnn/lib"));
+fn find(wanted: &Wanted, folders: &[PathBuf]) -> Result {
+    let mut looked = vec![format!("{} on the library path", wanted.file)];
+    let packages = python_packages().map(|folder| folder.join(wanted.folder));
     for folder in folders.iter().cloned().chain(packages) {
-        let path = folder.join(CUDNN);
+        let path = folder.join(wanted.file);
         match keep(&path) {
             Ok(()) => return Ok(()),
             Err(error) => looked.push(format!("{} ({error})", path.display())),
         }
     }
     Err(Error::Missing(format!(
-        "cuDNN 9 not found: looked for {}; pip install nvidia-cudnn-cu13, or name its folder",
-        looked.join(", ")
+        "{} not found: looked for {}; pip install {}, or name its folder",
+        wanted.name,
+        looked.join(", "),
+        wanted.package
     )))
 }
 
@@ -54,7 +71,7 @@ fn keep(path: &Path) -> std::result::Result<(), String> {
     if !path.is_file() {
         return Err("no such file".to_owned());
     }
-    // SAFETY: the file is NVIDIA's cuDNN by name and place; its initialisers have no preconditions.
+    // SAFETY: the file is one of NVIDIA's by name and place; its initialisers have no preconditions.
     let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_GLOBAL) }.map_err(|error| error.to_string())?;
     // The bindings hold pointers into it: it is never closed.
     std::mem::forget(library);

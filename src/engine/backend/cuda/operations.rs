@@ -14,22 +14,24 @@ use crate::engine::Result;
 const ROW_THREADS: u32 = 256;
 /// Threads of a block in cross_entropy.cu.
 const LOGITS_THREADS: u32 = 1024;
+/// Bytes that 16-byte and single accesses of cross_entropy.cu take at once.
+const LOGITS_VECTORS: [u64; 2] = [16, 2];
 /// Columns of a block of rmsnorm_gain.
 const GAIN_COLUMNS: u64 = 32;
 
 /// A tensor must be a dense matrix of this shape and type: everything else is a bug of the caller.
-fn expect(name: &str, tensor: Tensor, dtype: DType, rows: u64, cols: u64) {
+pub(super) fn expect(name: &str, tensor: Tensor, dtype: DType, rows: u64, cols: u64) {
     let found = (tensor.dtype, tensor.rows, tensor.cols);
     assert_eq!(found, (dtype, rows, cols), "{name}: element type, rows and columns");
 }
 
 /// One block a row.
-fn rows(blocks: u64, threads: u32) -> Grid {
+pub(super) fn rows(blocks: u64, threads: u32) -> Grid {
     Grid { blocks, threads, shared_bytes: 0 }
 }
 
 /// Variant of a kernel by the length of its rows: 16-byte accesses need each row to start on a multiple of 16 bytes.
-fn wide_or_single<'a>(cols: u64, wide: &'a str, single: &'a str) -> &'a str {
+pub(super) fn wide_or_single<'a>(cols: u64, wide: &'a str, single: &'a str) -> &'a str {
     if cols.is_multiple_of(8) { wide } else { single }
 }
 
@@ -59,7 +61,7 @@ impl Cuda {
         expect("dw", dw, DType::F32, 1, h);
         assert!(h * 4 <= u64::from(MOST_SHARED_BYTES), "a row of {h} elements does not fit shared memory");
         // Four blocks a multiprocessor hide each other's barriers; more only make the second stage longer.
-        let blocks = n.min(4 * self.device.multiprocessors()?).min(SCRATCH_BYTES / (h * 4));
+        let blocks = n.min(4 * self.device.multiprocessors()).min(SCRATCH_BYTES / (h * 4));
         let partials = Pointer(self.device.address(self.scratch(blocks, h)));
         let [dx, dw, dy, x, w] = [dx, dw, dy, x, w].map(|tensor| Pointer(self.device.address(tensor)));
         let kernel = wide_or_single(h, "rmsnorm_backward_8", "rmsnorm_backward_1");
@@ -101,8 +103,17 @@ impl Cuda {
         let [sums, logits, labels] = [sums, logits, labels].map(|tensor| Pointer(self.device.address(tensor)));
         let kernel = wide_or_single(vocab, "cross_entropy_8", "cross_entropy_1");
         let (with_gradient, scale) = (Flag(gradient.is_some().into()), Float(gradient.unwrap_or(0.0) as f32));
-        let arguments = [losses, logits, labels, Count(vocab as i64), with_gradient, scale];
-        self.kernels.launch(&self.device, kernel, rows(t, LOGITS_THREADS), &arguments)?;
+        // With a gradient a row is read twice, and its beginning stays in shared memory.
+        let vector = LOGITS_VECTORS[usize::from(!vocab.is_multiple_of(8))];
+        let of_a_block = vector * u64::from(LOGITS_THREADS);
+        let kept = if gradient.is_some() {
+            (vocab * 2).div_ceil(of_a_block).min(u64::from(MOST_SHARED_BYTES) / of_a_block)
+        } else {
+            0
+        };
+        let grid = Grid { shared_bytes: (kept * of_a_block) as u32, ..rows(t, LOGITS_THREADS) };
+        let arguments = [losses, logits, labels, Count(vocab as i64), with_gradient, scale, Flag(kept as i32)];
+        self.kernels.launch(&self.device, kernel, grid, &arguments)?;
         let arguments = [sums, losses, Count(t as i64)];
         self.kernels.launch(&self.device, "cross_entropy_sums", rows(1, LOGITS_THREADS), &arguments)
     }

@@ -35,7 +35,7 @@ pub(super) struct Attention {
 impl Attention {
     /// Opens cuDNN on the device's stream.
     pub(super) fn new(device: &Device) -> Result<Self> {
-        Ok(Self { plans: HashMap::new(), library: Library::new(&device.stream)? })
+        Ok(Self { plans: HashMap::new(), library: Library::new(device.compute())? })
     }
 
     /// Version as a number: 91900 is 9.19.0.
