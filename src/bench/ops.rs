@@ -73,9 +73,7 @@ impl Report<'_> {
             errors.iter().map(|(output, error)| ((*output).to_owned(), json!(error))).collect();
         self.line(&json!({ "check": name, "shape": shape, "errors": outputs, "bound": bound, "right": !wrong }))
     }
-}
 
-impl Report<'_> {
     /// Bytes a second of a kernel, each input counted once and each output once, beside a copy's.
     fn speed(&mut self, t: &mut Twins, name: &str, bytes: u64, run: impl FnMut(&mut Cuda) -> Result) -> Result {
         let seconds = t.seconds(ROUNDS, run)?;

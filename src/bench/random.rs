@@ -42,8 +42,7 @@ pub(super) fn weights<B: Backend>(session: &mut Session<B>) -> Result {
             continue;
         }
         for first in (0..tensor.elements()).step_by(PIECE as usize) {
-            let mut piece = tensor.shaped(1, PIECE.min(tensor.elements() - first));
-            piece.offset += first * tensor.dtype.bytes();
+            let piece = tensor.part(first, PIECE.min(tensor.elements() - first));
             session.backend.upload(piece, &noise(piece.elements() as usize, tensor.dtype, piece.offset))?;
         }
     }

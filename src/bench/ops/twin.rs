@@ -37,11 +37,7 @@ pub(super) struct Twins {
 impl Twin {
     /// `n` elements from element `first` on, as one row: slices of flat arrays start anywhere.
     pub(super) fn part(self, first: u64, n: u64) -> Self {
-        let part = |whole: Tensor| {
-            assert!(first + n <= whole.elements(), "a part of {whole:?}");
-            Tensor { offset: whole.offset + first * whole.dtype.bytes(), rows: 1, cols: n, ..whole }
-        };
-        Self { cpu: part(self.cpu), gpu: part(self.gpu) }
+        Self { cpu: self.cpu.part(first, n), gpu: self.gpu.part(first, n) }
     }
 }
 

@@ -72,6 +72,16 @@ impl Tensor {
         Self { offset: self.offset + start * self.cols * self.dtype.bytes(), rows: end - start, ..*self }
     }
 
+    /// Elements `first..first + n` as one row, wherever rows begin.
+    ///
+    /// # Panics
+    /// When they leave the tensor.
+    #[must_use]
+    pub fn part(&self, first: u64, n: u64) -> Self {
+        assert!(first + n <= self.elements(), "elements {first}..{} of {self:?}", first + n);
+        Self { offset: self.offset + first * self.dtype.bytes(), rows: 1, cols: n, ..*self }
+    }
+
     /// The same elements under another shape that needs no more of them (a work buffer used for a smaller tile).
     ///
     /// # Panics

@@ -51,12 +51,7 @@ pub fn update<B: Backend>(
     b.sum_squares(scalars.sum_squares, states.g)?;
     b.clip_scale(scalars.scale, scalars.sum_squares, max_norm)?;
     for group in groups {
-        let part = |flat: Tensor| Tensor {
-            offset: flat.offset + group.start * flat.dtype.bytes(),
-            rows: 1,
-            cols: group.elements,
-            ..flat
-        };
+        let part = |flat: Tensor| flat.part(group.start, group.elements);
         let state =
             OptimizerState { w: part(states.w), low: states.low.map(part), m: part(states.m), v: part(states.v) };
         let weight_decay = if group.decayed { hyper.weight_decay } else { 0.0 };

@@ -43,21 +43,16 @@ pub fn load_base<B: Backend>(session: &mut Session<B>, folder: &Path) -> Result 
     let flat = session.states().w;
     for Named { name, shape, tensor } in parameters {
         weights.read(&name, &shape, |first, values| {
-            let to = piece(tensor, first, values.len() as u64);
+            let to = tensor.part(first, values.len() as u64);
             session.backend.upload(to, &encode(values, tensor.dtype))?;
             let Some(low) = low else { return Ok(()) };
             // The master is the stored weight to its last bit, also where storage rounds it.
             let at = (to.offset - flat.offset) / flat.dtype.bytes();
             let halves: Vec<u8> = values.iter().flat_map(|v| adamw::parts(*v).1.to_le_bytes()).collect();
-            session.backend.upload(piece(low, at, values.len() as u64), &halves)
+            session.backend.upload(low.part(at, values.len() as u64), &halves)
         })?;
     }
     Ok(())
-}
-
-/// Elements `first..first + n` of a tensor, as a row.
-fn piece(tensor: Tensor, first: u64, n: u64) -> Tensor {
-    Tensor { offset: tensor.offset + first * tensor.dtype.bytes(), rows: 1, cols: n, ..tensor }
 }
 
 fn encode(values: &[f32], dtype: DType) -> Vec<u8> {
@@ -95,7 +90,7 @@ fn stream<B: Backend>(backend: &mut B, from: Tensor, writer: &mut HashingWriter)
     let n = PIECE_BYTES / from.dtype.bytes();
     let mut bytes = Vec::new();
     for first in (0..from.elements()).step_by(n as usize) {
-        let part = piece(from, first, n.min(from.elements() - first));
+        let part = from.part(first, n.min(from.elements() - first));
         bytes.resize(part.bytes() as usize, 0);
         backend.download(part, &mut bytes)?;
         writer.put(&bytes)?;

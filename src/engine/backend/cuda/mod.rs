@@ -79,10 +79,9 @@ impl Cuda {
     /// A tensor as pieces of whole elements that fit a bounce buffer, each with its first byte.
     fn pieces(tensor: Tensor) -> impl Iterator<Item = (u64, Tensor)> {
         let each = SPILL_PIECE_BYTES / tensor.dtype.bytes();
-        (0..tensor.elements()).step_by(each as usize).map(move |first| {
-            let (at, cols) = (first * tensor.dtype.bytes(), each.min(tensor.elements() - first));
-            (at, Tensor { offset: tensor.offset + at, rows: 1, cols, ..tensor })
-        })
+        (0..tensor.elements())
+            .step_by(each as usize)
+            .map(move |first| (first * tensor.dtype.bytes(), tensor.part(first, each.min(tensor.elements() - first))))
     }
 }
 
