@@ -1,9 +1,9 @@
-// What the attention library leaves to do: it writes one call's gradients of k and v in bf16, for one kv head, contiguous.
+// What the attention library leaves to do: it writes one call's gradients of q, k and v in bf16, contiguous, for some heads.
 //
 //   attention_accumulate   to[r, j] += from[r, j] for r < rows, j < d
 //
-// to f32 with `stride` elements between rows (a kv head's columns of dk or dv [T, nk d]); from [rows, d] bf16. d is a
-// multiple of 8. One thread adds 8 elements.
+// to f32 with `stride` elements between rows (these heads' columns of dq [c, nq d], dk or dv [T, nk d]); from [rows, d] bf16. d
+// is a multiple of 8. One thread adds 8 elements.
 #include "rows.cuh"
 
 constexpr int THREADS = 256;

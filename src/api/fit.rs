@@ -60,7 +60,8 @@ fn ask_for_plan(model: &ModelConfig, training: &TrainingSpec, machine: &Machine)
     let tokens = training.sequence_length.unwrap_or(PADDING).next_multiple_of(PADDING);
     let forced = plan::Forced::default();
     let micro_batches = u64::from(training.gradient_accumulation_steps);
-    plan::plan(&plan::Request { model, precision: training.precision, tokens, micro_batches, machine, forced })
+    let (precision, moments) = (training.precision, training.moments);
+    plan::plan(&plan::Request { model, precision, moments, tokens, micro_batches, machine, forced })
 }
 
 /// Machines of the hosts that have the model, each with the model's numbers.

@@ -145,6 +145,9 @@ pub struct CreateTraining {
     /// Storage type of weights and activations: `f32` (default) or `bf16`.
     #[schema(required = false)]
     precision: Option<String>,
+    /// Storage type of AdamW's moments: `f32` (default), or `bf16`, rounded stochastically, where memory is short.
+    #[schema(required = false)]
+    moments: Option<String>,
     /// `cpu` or `cuda`; absent takes the best that the host has.
     #[schema(required = false)]
     device: Option<String>,

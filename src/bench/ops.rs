@@ -40,6 +40,9 @@ pub struct Args {
     /// Longest key prefix that attention is timed against, in tokens
     #[arg(long, default_value_t = 1 << 20)]
     pub keys: u64,
+    /// Only the operations of this group: elementwise, optimizer, embedding, rope, rows or attention
+    #[arg(long)]
+    pub only: Option<String>,
     /// Threads of the CPU reference; all cores by default
     #[arg(long)]
     pub threads: Option<usize>,
@@ -52,6 +55,20 @@ struct Report<'a> {
     /// Bytes a second of a copy on the device, once it is measured: what a kernel's rate is told beside.
     copy_rate: f64,
 }
+
+type Check = fn(&mut Twins, &mut Report) -> Result;
+/// Takes the longest prefix of keys, which only attention asks for.
+type Measure = fn(&mut Twins, &mut Report, u64) -> Result;
+
+/// The operations by name.
+const GROUPS: [(&str, Check, Measure); 6] = [
+    ("elementwise", elementwise::check, |t, r, _| elementwise::measure(t, r)),
+    ("optimizer", optimizer::check, |t, r, _| optimizer::measure(t, r)),
+    ("embedding", embedding::check, |t, r, _| embedding::measure(t, r)),
+    ("rope", rope::check, |t, r, _| rope::measure(t, r)),
+    ("rows", rows::check, |t, r, _| rows::measure(t, r)),
+    ("attention", attention::check, attention::measure),
+];
 
 /// Timed runs of a kernel.
 const ROUNDS: usize = 11;
@@ -96,19 +113,19 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result {
     let (card, cudnn) = (cuda.device.name()?, cuda.cudnn_version());
     report.line(&json!({ "card": card, "cudnn": cudnn, "multiprocessors": cuda.device.multiprocessors() }))?;
     let mut twins = Twins::new(Cpu::new(threads)?, Cpu::new(threads)?, cuda, args.memory << 30)?;
-    elementwise::check(&mut twins, &mut report)?;
-    optimizer::check(&mut twins, &mut report)?;
-    embedding::check(&mut twins, &mut report)?;
-    rope::check(&mut twins, &mut report)?;
-    rows::check(&mut twins, &mut report)?;
-    attention::check(&mut twins, &mut report)?;
-    rows::copy(&mut twins, &mut report)?;
-    elementwise::measure(&mut twins, &mut report)?;
-    optimizer::measure(&mut twins, &mut report)?;
-    embedding::measure(&mut twins, &mut report)?;
-    rope::measure(&mut twins, &mut report)?;
-    rows::measure(&mut twins, &mut report)?;
-    attention::measure(&mut twins, &mut report, args.keys)?;
+    let (t, r) = (&mut twins, &mut report);
+    let wanted = |group: &str| args.only.as_deref().is_none_or(|only| only == group);
+    if !GROUPS.iter().any(|(name, ..)| wanted(name)) {
+        let names: Vec<&str> = GROUPS.iter().map(|(name, ..)| *name).collect();
+        return Err(Invalid::new("--only", format!("operations are {}", names.join(", "))).into());
+    }
+    for (_, check, _) in GROUPS.iter().filter(|(name, ..)| wanted(name)) {
+        check(t, r)?;
+    }
+    rows::copy(t, r)?;
+    for (_, _, measure) in GROUPS.iter().filter(|(name, ..)| wanted(name)) {
+        measure(t, r, args.keys)?;
+    }
     if report.wrong.is_empty() {
         return Ok(());
     }

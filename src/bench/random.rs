@@ -47,10 +47,11 @@ pub(super) fn weights<B: Backend>(session: &mut Session<B>) -> Result {
         }
     }
     // The master's low halves begin at zero: the weights are exactly what was uploaded.
-    match session.states().low {
-        Some(low) => session.backend.fill(low, 0.0),
-        None => Ok(()),
+    if let Some(low) = session.optimizer().low {
+        session.backend.fill(low.host, 0.0)?;
+        session.backend.fill(low.device, 0.0)?;
     }
+    Ok(())
 }
 
 /// Bytes of `n` random weights.

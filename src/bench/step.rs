@@ -8,13 +8,13 @@ use serde_json::json;
 
 use super::{random, random::Random, shapes};
 use crate::{
-    domain::{Invalid, Machine, ModelConfig, machine::DeviceKind, training::Precision},
+    domain::{Invalid, Machine, ModelConfig, machine::DeviceKind, training::{Moments, Precision}},
     engine::{
         Result,
         backend::{AdamW, Backend, DType, Tensor, cpu::Cpu, cuda::Cuda},
         meter,
-        model::Batch,
-        train::session::Session,
+        model::{Batch, MemoryProof},
+        train::session::{Session, Totals},
     },
     plan::{self, Forced, Gradients, Plan},
     trainer::gpu,
@@ -59,9 +59,27 @@ pub struct Args {
     /// Layers whose attention output, q/k/v, gate and up are all kept, instead of the planner's choice
     #[arg(long)]
     pub kept_layers: Option<u64>,
+    /// Rows of kept layer inputs in host memory, counted over all slots, instead of the planner's choice
+    #[arg(long)]
+    pub checkpoint_host_rows: Option<u64>,
+    /// Parameters whose optimizer state is in host memory, instead of the planner's choice
+    #[arg(long)]
+    pub optimizer_host_elements: Option<u64>,
+    /// Storage type of the moments: f32 or bf16
+    #[arg(long, default_value = "f32")]
+    pub moments: String,
     /// Gradients kept as wide or as storage, instead of the planner's choice
     #[arg(long)]
     pub gradients: Option<String>,
+    /// Memory proof: attends only in so many layers, and there only in the chunks of --attention-chunks
+    #[arg(long, requires = "attention_chunks")]
+    pub attention_in_layers: Option<u64>,
+    /// Memory proof: attends only in so many chunks, those with the longest prefix
+    #[arg(long, requires = "attention_in_layers")]
+    pub attention_chunks: Option<u64>,
+    /// After the steps, one more with a mark around every operation: where the time goes (cuda)
+    #[arg(long)]
+    pub profile: bool,
     /// Folder that holds cuDNN's and cuBLASLt's libraries, when they are neither on the library path nor among python3's
     /// packages
     #[arg(long, value_name = "FOLDER")]
@@ -89,8 +107,8 @@ pub fn run(args: &Args, host: &Machine, scratch: &Path, out: &mut impl Write) ->
             let precision = precision(args, "f32")?;
             let job = planned(args, config, host.clone(), precision, scratch)?;
             match precision {
-                Precision::F32 => steps(Cpu::<f32>::new(threads(args))?, &job, out)?,
-                Precision::Bf16 => steps(Cpu::<half::bf16>::new(threads(args))?, &job, out)?,
+                Precision::F32 => drop(steps(Cpu::<f32>::new(threads(args))?, &job, out)?),
+                Precision::Bf16 => drop(steps(Cpu::<half::bf16>::new(threads(args))?, &job, out)?),
             }
         }
         "cuda" => {
@@ -100,7 +118,10 @@ pub fn run(args: &Args, host: &Machine, scratch: &Path, out: &mut impl Write) ->
             let cuda = Cuda::open(0, &args.libraries)?;
             let machine = gpu::machine(&cuda, host)?;
             let job = planned(args, config, machine, Precision::Bf16, scratch)?;
-            steps(cuda, &job, out)?;
+            let mut run = steps(cuda, &job, out)?;
+            if args.profile {
+                profile(&mut run, out)?;
+            }
         }
         other => return Err(Invalid::new("--device", format!("device is cpu or cuda, not {other}")).into()),
     }
@@ -131,17 +152,24 @@ fn planned<'a>(
             return Err(Invalid::new("--gradients", format!("gradients are wide or storage, not {other}")).into());
         }
     };
+    let moments = match args.moments.as_str() {
+        "f32" => Moments::F32,
+        "bf16" => Moments::Bf16,
+        other => return Err(Invalid::new("--moments", format!("moments are f32 or bf16, not {other}")).into()),
+    };
     let forced = Forced {
         chunk_tokens: args.chunk,
         checkpoint_slots: args.slots,
+        checkpoint_host_rows: args.checkpoint_host_rows,
+        optimizer_host_elements: args.optimizer_host_elements,
         kept_attention_layers: args.kept_layers,
         kept_qkv_layers: args.kept_layers,
         kept_gate_up_layers: args.kept_layers,
         gradients,
         ..Forced::default()
     };
-    let (tokens, machine_ref) = (args.tokens, &machine);
-    let request = plan::Request { model: &config, precision, tokens, micro_batches: 1, machine: machine_ref, forced };
+    let (model, machine_ref, tokens) = (&config, &machine, args.tokens);
+    let request = plan::Request { model, precision, moments, tokens, micro_batches: 1, machine: machine_ref, forced };
     let plan = plan::plan(&request).map_err(Invalid::from)?;
     Ok(Job { args, config, machine, plan, scratch })
 }
@@ -166,18 +194,33 @@ fn shape(args: &Args) -> Result<ModelConfig> {
     Ok(config)
 }
 
-fn steps<B: Backend>(backend: B, job: &Job, out: &mut impl Write) -> Result {
-    let Job { args, config, machine, plan, scratch } = job;
-    let mut session = Session::new(backend, plan, config, scratch)?;
-    random::weights(&mut session)?;
-    let mut random = Random(0x9e37_79b9_7f4a_7c15);
-    let mut measured = Vec::new();
-    for step in 1..=args.steps {
-        let ids: Vec<i32> = (0..args.tokens).map(|_| (random.next() % config.vocab_size) as i32).collect();
+/// Steps of one job on random data.
+struct Run<'a, B> {
+    job: &'a Job<'a>,
+    session: Session<B>,
+    random: Random,
+    step: u64,
+}
+
+impl<'a, B: Backend> Run<'a, B> {
+    fn new(backend: B, job: &'a Job<'a>) -> Result<Self> {
+        let mut session = Session::new(backend, &job.plan, &job.config, job.scratch)?;
+        random::weights(&mut session)?;
+        if let Some(proof) = proof(job) {
+            session.prove_memory(proof);
+        }
+        Ok(Self { job, session, random: Random(0x9e37_79b9_7f4a_7c15), step: 0 })
+    }
+
+    /// One step over one fresh sequence, and its seconds.
+    fn step(&mut self) -> Result<(Totals, f64)> {
+        let (tokens, vocab) = (self.job.args.tokens, self.job.config.vocab_size);
+        self.step += 1;
+        let ids: Vec<i32> = (0..tokens).map(|_| (self.random.next() % vocab) as i32).collect();
         let mut labels = ids[1..].to_vec();
         labels.push(-100);
-        let positions: Vec<i32> = (0..args.tokens as i32).collect();
-        let whole = 0..args.tokens;
+        let positions: Vec<i32> = (0..tokens as i32).collect();
+        let whole = 0..tokens;
         let batch =
             Batch { ids: &ids, labels: &labels, positions: &positions, documents: std::slice::from_ref(&whole) };
         let hyper = AdamW {
@@ -186,13 +229,38 @@ fn steps<B: Backend>(backend: B, job: &Job, out: &mut impl Write) -> Result {
             beta2: 0.95,
             epsilon: 1e-8,
             weight_decay: 0.1,
-            step,
+            step: self.step,
             seed: 0,
             first_index: 0,
         };
         let start = Instant::now();
-        let totals = session.step(&[batch], &hyper, 1.0)?;
-        let seconds = start.elapsed().as_secs_f64();
+        let totals = self.session.step(&[batch], &hyper, 1.0)?;
+        Ok((totals, start.elapsed().as_secs_f64()))
+    }
+}
+
+/// What the flags leave of attention.
+fn proof(job: &Job) -> Option<MemoryProof> {
+    let (layers, chunks) = (job.args.attention_in_layers?, job.args.attention_chunks?);
+    Some(MemoryProof { layers, rows: chunks * job.plan.choice.chunk_tokens })
+}
+
+/// All steps, a line each, and their median; the run, for what else is asked of it.
+fn steps<'a, B: Backend>(backend: B, job: &'a Job<'a>, out: &mut impl Write) -> Result<Run<'a, B>> {
+    let Job { args, config, machine, plan, .. } = job;
+    let mut run = Run::new(backend, job)?;
+    let mut measured = Vec::new();
+    for step in 1..=args.steps {
+        let (totals, seconds) = run.step()?;
+        let memory = memory(plan, &run.session.backend);
+        if let Some(proof) = proof(job) {
+            let what = format!(
+                "MEMORY PROOF, NOT A SPEED: attention in {} of {} layers, there in the last {} of {} tokens",
+                proof.layers, config.n_layers, proof.rows, args.tokens
+            );
+            print(&json!({ "memory_proof": what, "step": step, "wall_seconds": seconds, "memory": memory }), out)?;
+            continue;
+        }
         let peak = meter::peak_flops(machine.device, &machine.device_name);
         let speed = meter::speed(config, &[args.tokens], seconds, peak);
         measured.push((seconds, speed));
@@ -203,18 +271,41 @@ fn steps<B: Backend>(backend: B, job: &Job, out: &mut impl Write) -> Result {
             "seconds": seconds, "predicted_seconds": plan.step_seconds,
             "tokens_per_second": speed.tokens_per_second,
             "model_gflops_per_second": speed.model_flops / 1e9, "causal_mfu": speed.causal_mfu,
-            "predicted_peak_bytes": plan.predicted_peak_bytes, "real_peak_bytes": session.backend.peak_bytes(),
-            "arena_bytes": plan.layout.bytes, "arena_high_water_bytes": session.backend.touched_bytes(),
-            "placements": placements(plan),
+            "memory": memory,
         });
         print(&line, out)?;
     }
-    drop(session);
     let gemm = match machine.device {
         DeviceKind::Cpu => Some(gemm_flops(threads(args))?),
         DeviceKind::Cuda => None,
     };
-    print(&summary(measured, gemm), out)
+    if !measured.is_empty() {
+        print(&summary(measured, gemm), out)?;
+    }
+    Ok(run)
+}
+
+/// What was planned and what was taken, in bytes.
+fn memory<B: Backend>(plan: &Plan, backend: &B) -> serde_json::Value {
+    json!({
+        "predicted_peak_bytes": plan.predicted_peak_bytes, "real_peak_bytes": backend.peak_bytes(),
+        "arena_bytes": plan.layout.bytes, "arena_high_water_bytes": backend.touched_bytes(),
+        "predicted_host_peak_bytes": plan.predicted_host_peak_bytes, "real_host_peak_bytes": backend.peak_host_bytes(),
+        "choice": plan.choice,
+    })
+}
+
+/// Where one more step's time goes.
+fn profile(run: &mut Run<Cuda>, out: &mut impl Write) -> Result {
+    run.session.backend.start_profile()?;
+    let (_, seconds) = run.step()?;
+    let Some(profiled) = run.session.backend.profiled()? else { return Ok(()) };
+    let parts: serde_json::Map<String, serde_json::Value> = profiled
+        .parts
+        .iter()
+        .map(|(part, seconds, count)| (format!("{part:?}"), json!({ "seconds": seconds, "operations": count })))
+        .collect();
+    print(&json!({ "profiled_seconds": seconds, "parts": parts, "idle_seconds": profiled.idle() }), out)
 }
 
 fn print(line: &serde_json::Value, out: &mut impl Write) -> Result {
@@ -254,16 +345,4 @@ fn gemm_flops(threads: usize) -> Result<f64> {
         best = best.min(start.elapsed().as_secs_f64());
     }
     Ok((2 * M * N * N) as f64 / best)
-}
-
-/// What the plan chose, for the reader of a line.
-fn placements(plan: &Plan) -> serde_json::Value {
-    let choice = &plan.choice;
-    json!({
-        "chunk_tokens": choice.chunk_tokens, "mlp_tile_rows": choice.mlp_tile_rows,
-        "loss_tile_rows": choice.loss_tile_rows, "segment_starts": choice.segment_starts,
-        "checkpoints": choice.checkpoint_place, "gradients": choice.gradients, "checkpoint_slots": choice.checkpoint_slots,
-        "kept_attention_layers": choice.kept_attention_layers, "kept_qkv_layers": choice.kept_qkv_layers,
-        "kept_gate_up_layers": choice.kept_gate_up_layers,
-    })
 }

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use crate::{
     bench::shapes,
-    domain::{Invalid, Machine, ModelConfig, training::Precision},
+    domain::{Invalid, Machine, ModelConfig, training::{Moments, Precision}},
     engine::{Error, Result},
     plan::{self, Forced, Place, Plan, Request},
 };
@@ -58,6 +58,7 @@ pub fn run(
     let mut request = Request {
         model: &model,
         precision,
+        moments: Moments::F32,
         tokens: 128,
         micro_batches: 1,
         machine: &machine,
@@ -87,7 +88,7 @@ fn print(out: &mut impl Write, plan: &Plan, model: &ModelConfig, machine: &Machi
         choice.chunk_tokens, choice.mlp_tile_rows, choice.loss_tile_rows
     )?;
     let place = match choice.checkpoint_place {
-        Place::Device => "in memory",
+        Place::Memory => "in memory",
         Place::Disk => "on disk",
     };
     writeln!(

@@ -8,7 +8,7 @@ use super::{
     Invalid, TrainingSpec,
     fields::{Fields, Setting},
     machine::DeviceKind,
-    training::{LongDocuments, MAX_SEQUENCE_LENGTH, Precision, Schedule},
+    training::{LongDocuments, MAX_SEQUENCE_LENGTH, Moments, Precision, Schedule},
 };
 
 /// Peak learning rate that a `learning_rate_multiplier` of 1 stands for: that of full fine-tuning at batch 1.
@@ -24,7 +24,7 @@ pub const MAX_SEED: u64 = i32::MAX as u64;
 const ABOVE_ZERO: f64 = 1e-30;
 
 /// Fields of `training` that are numbers and choices; the request adds its lists of files.
-pub const TRAINING_FIELDS: [&str; 20] = [
+pub const TRAINING_FIELDS: [&str; 21] = [
     "sequence_length",
     "long_documents",
     "packing",
@@ -44,6 +44,7 @@ pub const TRAINING_FIELDS: [&str; 20] = [
     "evaluation_interval",
     "seed",
     "precision",
+    "moments",
     "device",
 ];
 
@@ -180,6 +181,7 @@ fn read_training(fields: &Fields, spec: &mut TrainingSpec) -> Result<(), Invalid
     let schedules = [("constant", Schedule::Constant), ("linear", Schedule::Linear), ("cosine", Schedule::Cosine)];
     set(&mut spec.schedule, fields.word("schedule", &schedules)?);
     set(&mut spec.precision, fields.word("precision", &[("f32", Precision::F32), ("bf16", Precision::Bf16)])?);
+    set(&mut spec.moments, fields.word("moments", &[("f32", Moments::F32), ("bf16", Moments::Bf16)])?);
     spec.device = fields.word("device", &[("cpu", DeviceKind::Cpu), ("cuda", DeviceKind::Cuda)])?;
     Ok(())
 }

@@ -40,6 +40,8 @@ pub struct TrainingSpec {
     /// Seeds the order of the data and every random number of the run.
     pub seed: u64,
     pub precision: Precision,
+    #[serde(default)]
+    pub moments: Moments,
     /// Where to train; `None` takes the best device the host has.
     pub device: Option<DeviceKind>,
 }
@@ -73,6 +75,17 @@ pub enum Precision {
     Bf16,
 }
 
+/// Storage type of AdamW's two moments.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Moments {
+    /// The type of sums: f32, or f64 in a reference run.
+    #[default]
+    F32,
+    /// bf16, rounded stochastically: 6 bytes of optimizer state a parameter instead of 10.
+    Bf16,
+}
+
 impl Default for TrainingSpec {
     /// The documented defaults of the API.
     fn default() -> Self {
@@ -96,6 +109,7 @@ impl Default for TrainingSpec {
             evaluation_interval: None,
             seed: 0,
             precision: Precision::F32,
+            moments: Moments::F32,
             device: None,
         }
     }

@@ -3,6 +3,9 @@
 use super::{Choice, Gradients, Place, Widths};
 use crate::domain::{Machine, ModelConfig, machine::DeviceKind};
 
+/// Share of a hidden copy's time that the work beside it loses.
+const HINDRANCE: f64 = 0.05;
+
 /// FLOPs of one forward of one layer over a sequence, by part.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct LayerFlops {
@@ -42,14 +45,25 @@ fn half_speed_tokens(device: DeviceKind) -> f64 {
     }
 }
 
-/// Tokens of a chunk at which attention would take twice as long for the chunk's size alone: chunks of 32K instead of 8K cost
-/// it 9 % on an H200.
-fn slow_chunk_tokens(device: DeviceKind) -> f64 {
+/// Share of its best rate that attention reaches, by chunk. The pairs of a chunk with itself are a triangle, slow when it is
+/// small; those with the keys before it a rectangle, slow when the chunk's queries and their sums leave the cache (measured on
+/// a Hopper card: chunks of 32K against 128K keys take 5 % longer than chunks of 16K).
+fn attention_efficiency(device: DeviceKind, tokens: f64, chunk: f64) -> f64 {
+    let half = half_speed_tokens(device);
     match device {
-        DeviceKind::Cpu => f64::INFINITY,
-        DeviceKind::Cuda => 270_000.0,
+        DeviceKind::Cpu => chunk / (chunk + half),
+        DeviceKind::Cuda => {
+            let triangles = chunk / tokens;
+            let seconds = triangles * (chunk + HALF_SPEED_TRIANGLE) / chunk
+                + (1.0 - triangles) * (1.0 + chunk / SLOW_RECTANGLE) * (chunk + half) / chunk;
+            1.0 / seconds
+        }
     }
 }
+
+/// Tokens of a chunk at which its triangle would take half the rate, and its rectangle twice the time.
+const HALF_SPEED_TRIANGLE: f64 = 1100.0;
+const SLOW_RECTANGLE: f64 = 400_000.0;
 
 /// Bytes that the operations between products and attention move in one layer's forward, and in its backward with what
 /// that repeats. Elements a token: a norm reads and writes h; rotation moves q, k, v twice; SwiGLU reads 2 f and writes f.
@@ -73,7 +87,7 @@ pub fn step_seconds(model: &ModelConfig, machine: &Machine, widths: Widths, toke
     let chunk = choice.chunk_tokens.min(tokens) as f64;
     let half = half_speed_tokens(machine.device);
     let gemm = rates.gemm_flops * chunk / (chunk + half);
-    let attention = rates.attention_flops * chunk / (chunk + half) / (1.0 + chunk / slow_chunk_tokens(machine.device));
+    let attention = rates.attention_flops * attention_efficiency(machine.device, tokens as f64, chunk);
     let (forward_bytes, backward_bytes) = other_bytes(model, widths, tokens, choice.chunk_tokens.min(tokens));
     let layers = model.n_layers;
 
@@ -111,16 +125,33 @@ pub fn step_seconds(model: &ModelConfig, machine: &Machine, widths: Widths, toke
     bytes += model.n_params() as f64 * (2 * widths.storage + 4 * widths.wide + gradient) as f64;
     // Logits are written once and read twice, their gradient written once and read twice.
     bytes += (tokens * model.vocab_size * 6 * widths.storage) as f64;
+    let disk = disk_bytes(model, widths, tokens, choice) as f64 * 2.0 / rates.disk_bytes;
     (dense + head) / gemm
         + attended / attention
         + bytes / rates.memory_bytes
-        + disk_bytes(model, widths, tokens, choice) as f64 * 2.0 / rates.disk_bytes
+        + link_seconds(model, machine, widths, tokens, choice)
+        + disk
+}
+
+/// Seconds that the link to the host adds. State of the optimizer crosses it in the open, both ways at once. Kept inputs cross
+/// it beside the layers' work, but the last layer's comes back in the open, and of every layer's the chunk that its backward
+/// finishes last; and a few per cent of the hidden time is what it slows down the work beside it.
+fn link_seconds(model: &ModelConfig, machine: &Machine, widths: Widths, tokens: u64, choice: &Choice) -> f64 {
+    let low = if widths.storage < widths.wide { 2 } else { 0 };
+    let state = choice.optimizer_host_elements * (2 * widths.of(choice.moment_element()) + low);
+    let slots = choice.memory_slots().max(1) as f64;
+    let input = (tokens * model.hidden_size * widths.storage) as f64;
+    let share = choice.checkpoint_host_rows as f64 / (slots * tokens as f64);
+    let crossings = model.n_layers as f64 * share;
+    let last_chunk = choice.chunk_tokens.min(tokens) as f64 / tokens as f64;
+    let open = share + crossings * (last_chunk + 2.0 * HINDRANCE);
+    (state as f64 + input * open) / machine.rates.link_bytes
 }
 
 /// Bytes of the spill file: every kept layer input, when they live on disk.
 pub fn disk_bytes(model: &ModelConfig, widths: Widths, tokens: u64, choice: &Choice) -> u64 {
     match choice.checkpoint_place {
-        Place::Device => 0,
+        Place::Memory => 0,
         Place::Disk => choice.checkpoint_slots * tokens * model.hidden_size * widths.storage,
     }
 }

@@ -1,8 +1,8 @@
-//! Where everything lies in a rank's device arena, and how much of it there is: the memory ledger.
+//! Where everything lies in a rank's two arenas, and how much of it there is: the memory ledger.
 //!
 //! One list of regions, each with a place, a shape and a category. The engine looks its tensors up here and allocates
 //! nothing of its own, so the ledger cannot differ from what a step uses. Work buffers that are never alive together
-//! (a layer's chunk work and the loss's) lie over each other.
+//! (a layer's chunk work, the loss's and the update's) lie over each other.
 
 use serde::{Deserialize, Serialize};
 
@@ -27,6 +27,14 @@ pub enum Slot {
     MomentV,
     /// Low halves of the master weights (bf16 storage only), flat.
     MasterLow,
+    /// The same of the first parameters, in host memory.
+    HostMomentM,
+    HostMomentV,
+    HostMasterLow,
+    /// Where they pass through the device: two buffers of each.
+    StagedM,
+    StagedV,
+    StagedLow,
     /// Token ids, labels, positions `[T, 1]`.
     Ids,
     Labels,
@@ -43,7 +51,8 @@ pub enum Slot {
     V,
     Dk,
     Dv,
-    /// Kept layer inputs, `slots * T` rows of h.
+    /// Kept layer inputs, `slots * T` rows of h: the first of them in host memory, the rest here.
+    HostCheckpoints,
     Checkpoints,
     /// Kept by layer: attention output `[T, nq d]` and log-sum-exp `[T, nq]`, q, k, v, gate and up `[T, 2f]`.
     KeptO,
@@ -99,15 +108,27 @@ pub enum Category {
 pub enum Element {
     Storage,
     Wide,
+    Bf16,
     Index,
     Half,
     Byte,
 }
 
-/// A place in the arena.
+/// One of a rank's two blocks of memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Arena {
+    /// Where operations compute.
+    Device,
+    /// Host memory that copies reach by themselves.
+    Host,
+}
+
+/// A place in an arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Region {
     pub slot: Slot,
+    pub arena: Arena,
     pub category: Category,
     pub element: Element,
     pub rows: u64,
@@ -116,12 +137,14 @@ pub struct Region {
     pub bytes: u64,
 }
 
-/// The whole arena.
+/// Both arenas.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layout {
     pub regions: Vec<Region>,
-    /// Size of the arena.
+    /// Size of the device arena.
     pub bytes: u64,
+    /// Size of the host arena.
+    pub host_bytes: u64,
 }
 
 impl Layout {
@@ -130,11 +153,11 @@ impl Layout {
         self.regions.iter().find(|r| r.slot == slot)
     }
 
-    /// Bytes by category. Overlaid work counts once, as the larger of its two uses, so the sum is the arena.
-    pub fn ledger(&self) -> Vec<(Category, u64)> {
+    /// Bytes of an arena by category. Overlaid work counts once, as the largest of its uses, so the sum is the arena.
+    pub fn ledger(&self, arena: Arena) -> Vec<(Category, u64)> {
         let mut ledger: Vec<(Category, u64)> = Vec::new();
         let mut end = 0;
-        let mut ordered: Vec<&Region> = self.regions.iter().collect();
+        let mut ordered: Vec<&Region> = self.regions.iter().filter(|r| r.arena == arena).collect();
         ordered.sort_by_key(|r| r.offset);
         for region in ordered {
             let region_end = align(region.offset + region.bytes);
@@ -154,48 +177,62 @@ fn align(bytes: u64) -> u64 {
     bytes.next_multiple_of(ALIGNMENT)
 }
 
-/// Lays out one rank's arena for sequences of up to `tokens` tokens under these choices.
+/// Lays out one rank's arenas for sequences of up to `tokens` tokens under these choices.
 pub fn lay_out(model: &ModelConfig, widths: Widths, tokens: u64, choice: &Choice) -> Layout {
     let mut laying = Laying { widths, layout: Layout::default(), end: 0 };
-    laying.persistent(model, tokens, choice.gradients);
+    laying.persistent(model, choice);
+    laying.batch(model, tokens);
     laying.sequence(model, tokens, choice);
     let base = laying.end;
     laying.layer_work(model, tokens, choice);
-    let layer_end = laying.end;
-    laying.end = base;
+    let layer_end = std::mem::replace(&mut laying.end, base);
     laying.loss_work(model, choice);
-    laying.layout.bytes = laying.end.max(layer_end);
+    let loss_end = std::mem::replace(&mut laying.end, base);
+    laying.update_work(choice);
+    laying.layout.bytes = laying.end.max(layer_end).max(loss_end);
     laying.layout
 }
 
 struct Laying {
     widths: Widths,
     layout: Layout,
+    /// Of the device arena so far.
     end: u64,
 }
 
 impl Laying {
     fn put(&mut self, slot: Slot, category: Category, element: Element, rows: u64, cols: u64) {
-        let width = match element {
-            Element::Storage => self.widths.storage,
-            Element::Wide => self.widths.wide,
-            Element::Index => 4,
-            Element::Half => 2,
-            Element::Byte => 1,
-        };
-        let bytes = rows * cols * width;
-        if bytes == 0 {
-            return;
+        self.end = self.put_at(Arena::Device, self.end, slot, category, element, rows, cols);
+    }
+
+    fn put_host(&mut self, slot: Slot, category: Category, element: Element, rows: u64, cols: u64) {
+        let end = self.layout.host_bytes;
+        self.layout.host_bytes = self.put_at(Arena::Host, end, slot, category, element, rows, cols);
+    }
+
+    /// A region from `offset` on, and where it ends.
+    fn put_at(
+        &mut self,
+        arena: Arena,
+        offset: u64,
+        slot: Slot,
+        category: Category,
+        element: Element,
+        rows: u64,
+        cols: u64,
+    ) -> u64 {
+        let bytes = rows * cols * self.widths.of(element);
+        if bytes > 0 {
+            self.layout.regions.push(Region { slot, arena, category, element, rows, cols, offset, bytes });
         }
-        self.layout.regions.push(Region { slot, category, element, rows, cols, offset: self.end, bytes });
-        self.end = align(self.end + bytes);
+        align(offset + bytes)
     }
 
     /// What lives from the first step to the last.
-    fn persistent(&mut self, model: &ModelConfig, tokens: u64, gradients: Gradients) {
+    fn persistent(&mut self, model: &ModelConfig, choice: &Choice) {
         let n = model.n_params();
         self.put(Slot::Weights, Category::Weights, Element::Storage, 1, n);
-        match gradients {
+        match choice.gradients {
             Gradients::Wide => self.put(Slot::Gradients, Category::Gradients, Element::Wide, 1, n),
             Gradients::Storage => {
                 let (layer, outside) = (model.layer_params(), model.vocab_size * model.hidden_size + model.hidden_size);
@@ -204,11 +241,19 @@ impl Laying {
                 self.put(Slot::VocabularyGradients, Category::Gradients, Element::Wide, 1, outside);
             }
         }
-        self.put(Slot::MomentM, Category::Optimizer, Element::Wide, 1, n);
-        self.put(Slot::MomentV, Category::Optimizer, Element::Wide, 1, n);
-        if self.widths.storage < self.widths.wide {
-            self.put(Slot::MasterLow, Category::Optimizer, Element::Half, 1, n);
-        }
+        let (moment, hosted) = (choice.moment_element(), choice.optimizer_host_elements);
+        let low = if self.widths.storage < self.widths.wide { 1 } else { 0 };
+        let optimizer = Category::Optimizer;
+        self.put_host(Slot::HostMomentM, optimizer, moment, 1, hosted);
+        self.put_host(Slot::HostMomentV, optimizer, moment, 1, hosted);
+        self.put_host(Slot::HostMasterLow, optimizer, Element::Half, low, hosted);
+        self.put(Slot::MomentM, optimizer, moment, 1, n - hosted);
+        self.put(Slot::MomentV, optimizer, moment, 1, n - hosted);
+        self.put(Slot::MasterLow, optimizer, Element::Half, low, n - hosted);
+    }
+
+    /// What is computed once for each sequence.
+    fn batch(&mut self, model: &ModelConfig, tokens: u64) {
         for slot in [Slot::Ids, Slot::Labels, Slot::Positions] {
             self.put(slot, Category::Batch, Element::Index, tokens, 1);
         }
@@ -228,7 +273,9 @@ impl Laying {
         }
         self.put(Slot::Dk, Category::Sequence, Element::Wide, tokens, kv);
         self.put(Slot::Dv, Category::Sequence, Element::Wide, tokens, kv);
-        self.put(Slot::Checkpoints, Category::Checkpoints, storage, choice.memory_slots() * tokens, h);
+        let (slots, hosted) = (choice.memory_slots() * tokens, choice.checkpoint_host_rows);
+        self.put_host(Slot::HostCheckpoints, Category::Checkpoints, storage, hosted, h);
+        self.put(Slot::Checkpoints, Category::Checkpoints, storage, slots - hosted, h);
         let kept = Category::Kept;
         self.put(Slot::KeptO, kept, storage, choice.kept_attention_layers * tokens, q);
         self.put(Slot::KeptLse, kept, Element::Wide, choice.kept_attention_layers * tokens, model.n_heads);
@@ -271,5 +318,14 @@ impl Laying {
         self.put(Slot::LossNorm, work, storage, rows, model.hidden_size);
         self.put(Slot::Logits, work, storage, rows, model.vocab_size);
         self.put(Slot::DLossNorm, work, storage, rows, model.hidden_size);
+    }
+
+    /// Buffers that optimizer state from the host passes through.
+    fn update_work(&mut self, choice: &Choice) {
+        let (n, work, moment) = (choice.staged_elements, Category::Work, choice.moment_element());
+        let low = if self.widths.storage < self.widths.wide { 2 } else { 0 };
+        self.put(Slot::StagedM, work, moment, 2, n);
+        self.put(Slot::StagedV, work, moment, 2, n);
+        self.put(Slot::StagedLow, work, Element::Half, low, n);
     }
 }

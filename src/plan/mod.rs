@@ -4,6 +4,7 @@
 //! arena placed and a predicted step time; or a [`Refusal`] that names the longest sequence that would fit and which
 //! memory is the wall. The API refuses with it, the trainer obeys it, the command line prints it.
 
+mod choices;
 pub mod cost;
 pub mod layout;
 pub mod search;
@@ -12,14 +13,20 @@ pub mod workspace;
 
 use serde::{Deserialize, Serialize};
 
-use crate::domain::{Invalid, Machine, ModelConfig, machine::DeviceKind, training::Precision};
+use crate::domain::{
+    Invalid, Machine, ModelConfig,
+    machine::DeviceKind,
+    training::{Moments, Precision},
+};
 pub use layout::{Category, Layout, Region, Slot};
+use layout::Element;
 
 /// What is to be planned.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Request<'a> {
     pub model: &'a ModelConfig,
     pub precision: Precision,
+    pub moments: Moments,
     /// Longest sequence, in tokens with padding.
     pub tokens: u64,
     /// Sequences whose gradients add up before an update.
@@ -35,6 +42,10 @@ pub struct Forced {
     pub chunk_tokens: Option<u64>,
     pub checkpoint_slots: Option<u64>,
     pub place: Option<Place>,
+    /// Rows of kept layer inputs, and parameters whose optimizer state is, in host memory.
+    pub checkpoint_host_rows: Option<u64>,
+    pub optimizer_host_elements: Option<u64>,
+    pub staged_elements: Option<u64>,
     pub kept_attention_layers: Option<u64>,
     pub kept_qkv_layers: Option<u64>,
     pub kept_gate_up_layers: Option<u64>,
@@ -49,8 +60,8 @@ pub struct Forced {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Place {
-    /// In the device arena.
-    Device,
+    /// In the arenas: on the device, or a part of them in host memory.
+    Memory,
     /// In a file of the run's folder.
     Disk,
 }
@@ -70,6 +81,19 @@ pub enum Gradients {
 pub struct Widths {
     pub storage: u64,
     pub wide: u64,
+}
+
+impl Widths {
+    /// Bytes of an element of a region.
+    pub fn of(self, element: Element) -> u64 {
+        match element {
+            Element::Storage => self.storage,
+            Element::Wide => self.wide,
+            Element::Index => 4,
+            Element::Half | Element::Bf16 => 2,
+            Element::Byte => 1,
+        }
+    }
 }
 
 impl From<Precision> for Widths {
@@ -92,7 +116,14 @@ pub struct Choice {
     /// First layers of the segments whose inputs are kept.
     pub segment_starts: Vec<u64>,
     pub checkpoint_place: Place,
+    /// Of the rows of all slots, so many from the first on are in host memory.
+    pub checkpoint_host_rows: u64,
     pub gradients: Gradients,
+    pub moments: Moments,
+    /// Of all parameters, so many from the first on have their moments and low halves in host memory.
+    pub optimizer_host_elements: u64,
+    /// So many of these pass through the device at once.
+    pub staged_elements: u64,
     /// Layers (from the first) whose attention output and log-sum-exp, q/k/v, or gate and up are kept for backward.
     pub kept_attention_layers: u64,
     pub kept_qkv_layers: u64,
@@ -104,11 +135,19 @@ pub struct Choice {
 }
 
 impl Choice {
-    /// Layer inputs held in the arena at once.
+    /// Layer inputs held in the arenas at once.
     pub fn memory_slots(&self) -> u64 {
         match self.checkpoint_place {
-            Place::Device => self.checkpoint_slots,
+            Place::Memory => self.checkpoint_slots,
             Place::Disk => 0,
+        }
+    }
+
+    /// Element type of the moments.
+    pub fn moment_element(&self) -> Element {
+        match self.moments {
+            Moments::F32 => Element::Wide,
+            Moments::Bf16 => Element::Bf16,
         }
     }
 }
@@ -122,10 +161,13 @@ pub struct Plan {
     pub tokens: u64,
     pub choice: Choice,
     pub layout: Layout,
-    /// Bytes by category; their sum is the arena.
+    /// Bytes by category; their sum is the device arena, and the host arena.
     pub ledger: Vec<(Category, u64)>,
-    /// The arena and what the process needs beside it (library scratch, thread stacks).
+    pub host_ledger: Vec<(Category, u64)>,
+    /// The device arena and what the process needs beside it (library scratch, thread stacks).
     pub predicted_peak_bytes: u64,
+    /// The host arena and what the process needs beside it. 0 on the CPU, where the device is the host.
+    pub predicted_host_peak_bytes: u64,
     /// Spill file, when layer inputs go to disk.
     pub disk_bytes: u64,
     /// One forward, backward and update over one full sequence, whole causal attention.

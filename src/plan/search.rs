@@ -1,53 +1,35 @@
-//! The search: a few hundred candidates, each priced and laid out; the fastest that fits wins.
+//! The search: some thousand candidates, each laid out and priced; the fastest that fits wins.
 
 use super::{
-    Choice, Forced, Gradients, Place, Plan, Refusal, Request,
+    Choice, Forced, Plan, Refusal, Request, choices,
     cost::{disk_bytes, step_seconds},
-    layout::{Layout, lay_out},
-    segments, workspace,
+    layout::{Arena, lay_out},
+    workspace,
 };
 use crate::domain::{machine::DeviceKind, training::MAX_SEQUENCE_LENGTH};
 
-/// Sizes that a kind of device is tried with: enough rows for full GEMM speed, no more memory than that takes.
-struct Sizes {
-    /// Tokens of a chunk, largest first.
-    chunks: &'static [u64],
-    /// Rows of a feed-forward tile, largest first; never more than a chunk.
-    mlp_tiles: &'static [u64],
-    /// Bytes of one tile of logits.
-    logits_tile_bytes: u64,
-}
-
-impl Sizes {
-    fn of(device: DeviceKind) -> Self {
-        match device {
-            DeviceKind::Cpu => {
-                Self { chunks: &[8192, 4096, 2048, 1024, 512, 256], mlp_tiles: &[1024], logits_tile_bytes: 32 << 20 }
-            }
-            DeviceKind::Cuda => Self {
-                chunks: &[32_768, 16_384, 8192, 4096, 2048],
-                mlp_tiles: &[16_384, 4096],
-                logits_tile_bytes: 1 << 30,
-            },
-        }
-    }
-}
 /// Sequence lengths reported as the longest are multiples of this.
 const LENGTH_STEP: u64 = 128;
 
 /// The fastest plan that fits, if any does.
 pub fn fastest(request: &Request) -> Option<Plan> {
+    let seconds =
+        |choice: &Choice| step_seconds(request.model, request.machine, request.widths(), request.tokens, choice);
     candidates(request)
         .into_iter()
-        .filter(|plan| fits(request, plan))
-        .min_by(|a, b| a.step_seconds.total_cmp(&b.step_seconds))
+        .filter(|choice| Needs::of(request, choice).fit(request))
+        .map(|choice| (seconds(&choice), choice))
+        .min_by(|(a, _), (b, _)| a.total_cmp(b))
+        .map(|(seconds, choice)| planned(request, choice, seconds))
 }
 
 /// The longest sequence with a plan, in tokens.
 pub fn longest(request: &Request) -> u64 {
     let possible = |tokens: u64| {
         let request = Request { tokens, ..request.clone() };
-        bare_choices(&request).into_iter().any(|choice| fits(&request, &priced(&request, choice)))
+        choices::bare(&request)
+            .into_iter()
+            .any(|bare| placed(&request, &bare).iter().any(|choice| Needs::of(&request, choice).fit(&request)))
     };
     let (mut low, mut high) = (0, MAX_SEQUENCE_LENGTH / LENGTH_STEP);
     while low < high {
@@ -61,120 +43,95 @@ pub fn longest(request: &Request) -> u64 {
     low * LENGTH_STEP
 }
 
-/// Why nothing fits: measured on the candidate that needs least memory.
+/// Why nothing fits: measured on the candidate that comes nearest.
 pub fn refusal(request: &Request) -> Refusal {
-    let machine = request.machine;
-    let plans = candidates(request);
-    let smallest = plans.iter().min_by_key(|plan| plan.predicted_peak_bytes);
-    let needed = smallest.map_or(u64::MAX, |plan| plan.predicted_peak_bytes);
-    let disk = smallest.map_or(0, |plan| plan.disk_bytes);
-    let memory = match machine.device {
-        DeviceKind::Cpu => "host memory",
-        DeviceKind::Cuda => "device memory",
-    };
-    let by_disk = needed <= machine.device_bytes;
+    let all = choices::bare(request).into_iter().flat_map(|bare| placed(request, &bare));
+    let walls = all.map(|choice| Needs::of(request, &choice).walls(request));
+    let excess = |(_, needed, available): &(&str, u64, u64)| needed.saturating_sub(*available);
+    let nearest = walls.min_by_key(|walls| walls.iter().map(excess).sum::<u64>());
+    let wall = nearest.and_then(|walls| walls.into_iter().max_by_key(excess));
+    let (wall, needed_bytes, available_bytes) =
+        wall.unwrap_or(("device memory", u64::MAX, request.machine.device_bytes));
     Refusal {
         tokens: request.tokens,
         longest_tokens: longest(request),
-        wall: if by_disk { "disk".into() } else { memory.into() },
-        needed_bytes: if by_disk { disk } else { needed },
-        available_bytes: if by_disk { machine.disk_bytes } else { machine.device_bytes },
+        wall: wall.into(),
+        needed_bytes,
+        available_bytes,
     }
 }
 
-fn fits(request: &Request, plan: &Plan) -> bool {
-    plan.predicted_peak_bytes <= request.machine.device_bytes && plan.disk_bytes <= request.machine.disk_bytes
+/// Bytes at the peak.
+struct Needs {
+    device: u64,
+    host: u64,
+    disk: u64,
+}
+
+impl Needs {
+    fn of(request: &Request, choice: &Choice) -> Self {
+        let layout = lay_out(request.model, request.widths(), request.tokens, choice);
+        let process = workspace::process(request.machine.device);
+        Self {
+            device: layout.bytes + process.device,
+            host: layout.host_bytes + process.host,
+            disk: disk_bytes(request.model, request.widths(), request.tokens, choice),
+        }
+    }
+
+    fn fit(&self, request: &Request) -> bool {
+        self.walls(request).iter().all(|(_, needed, available)| needed <= available)
+    }
+
+    /// Name, need and size of each memory.
+    fn walls(&self, request: &Request) -> [(&'static str, u64, u64); 3] {
+        let machine = request.machine;
+        let disk = ("disk", self.disk, machine.disk_bytes);
+        match machine.device {
+            DeviceKind::Cpu => [("host memory", self.device + self.host, machine.device_bytes), disk, disk],
+            DeviceKind::Cuda => [
+                ("device memory", self.device, machine.device_bytes),
+                ("host memory", self.host, machine.host_bytes),
+                disk,
+            ],
+        }
+    }
 }
 
 /// Every combination worth pricing, each with the extras that still fit.
-fn candidates(request: &Request) -> Vec<Plan> {
-    bare_choices(request).into_iter().map(|bare| with_extras(request, bare)).collect()
+fn candidates(request: &Request) -> Vec<Choice> {
+    let all = choices::bare(request).into_iter().flat_map(|bare| placed(request, &bare));
+    all.map(|choice| with_extras(request, choice)).collect()
 }
 
-/// Every combination of chunk and tile size, place, kind of gradients and number of kept inputs.
-fn bare_choices(request: &Request) -> Vec<Choice> {
-    let model = request.model;
-    let Sizes { chunks, mlp_tiles, .. } = Sizes::of(request.machine.device);
-    let chunks: Vec<u64> = if let Some(chunk) = request.forced.chunk_tokens {
-        vec![chunk]
-    } else {
-        let longest = request.tokens.min(chunks[0]);
-        chunks.iter().copied().filter(|c| *c < longest).chain([longest]).collect()
-    };
-    let tiles = request.forced.mlp_tile_rows.map_or(mlp_tiles.to_vec(), |rows| vec![rows]);
-    let tiles_of = |chunk: u64| {
-        let mut tiles: Vec<u64> = tiles.iter().map(|tile| chunk.min(*tile)).collect();
-        tiles.dedup();
-        tiles
-    };
-    let widths = request.widths();
-    let gradients = match request.forced.gradients {
-        Some(gradients) => vec![gradients],
-        None if widths.storage < widths.wide && request.micro_batches == 1 => vec![Gradients::Wide, Gradients::Storage],
-        None => vec![Gradients::Wide],
-    };
-    let fewest = segments::fewest_slots(model.n_layers);
-    let slots: Vec<u64> = match request.forced.checkpoint_slots {
-        Some(slots) => vec![slots],
-        None => (fewest..=model.n_layers).collect(),
-    };
-    let places: Vec<Place> = request.forced.place.map_or(vec![Place::Device, Place::Disk], |place| vec![place]);
-    let mut choices = Vec::new();
-    for chunk in chunks {
-        for tile in tiles_of(chunk) {
-            for slots in &slots {
-                for place in &places {
-                    let all = gradients.iter();
-                    choices.extend(all.filter_map(|kind| bare_choice(request, (chunk, tile), *slots, *place, *kind)));
-                }
-            }
-        }
-    }
-    choices
+/// A choice with its kept inputs in every place worth pricing.
+fn placed(request: &Request, bare: &Choice) -> Vec<Choice> {
+    let fits = |choice: &Choice| Needs::of(request, choice).device <= request.machine.device_bytes;
+    let rows = choices::checkpoint_host_rows(request, bare, fits);
+    rows.into_iter().map(|rows| Choice { checkpoint_host_rows: rows, ..bare.clone() }).collect()
 }
 
-/// The choice with nothing kept beyond layer inputs.
-fn bare_choice(
-    request: &Request,
-    (chunk, tile): (u64, u64),
-    slots: u64,
-    place: Place,
-    gradients: Gradients,
-) -> Option<Choice> {
-    let model = request.model;
-    let widths = request.widths();
-    let segment_starts = segments::starts(model.n_layers, slots)?;
-    let bytes = Sizes::of(request.machine.device).logits_tile_bytes;
-    let rows = (bytes / (model.vocab_size * widths.storage)).clamp(16, request.tokens.max(16));
-    Some(Choice {
-        chunk_tokens: chunk,
-        mlp_tile_rows: tile,
-        loss_tile_rows: request.forced.loss_tile_rows.unwrap_or(rows).min(request.tokens),
-        checkpoint_slots: segments::slots_needed(&segment_starts, model.n_layers),
-        segment_starts,
-        checkpoint_place: place,
-        gradients,
-        kept_attention_layers: 0,
-        kept_qkv_layers: 0,
-        kept_gate_up_layers: 0,
-        attention_workspace: workspace::attention(model, request.machine.device, chunk, request.tokens),
-    })
-}
-
-/// What may be kept by layer.
+/// What the device's free memory may hold.
 #[derive(Debug, Clone, Copy)]
 enum Extra {
+    /// By layer.
     Attention,
     Qkv,
     GateUp,
+    /// Optimizer's state that was to be in host memory, by parts of it.
+    Optimizer,
 }
 
+/// Parts in which the optimizer's state comes back to the device.
+const OPTIMIZER_PARTS: u64 = 64;
+
 impl Extra {
-    fn layers(self, choice: &mut Choice) -> &mut u64 {
+    /// How much there is at most, the choice given.
+    fn most(self, request: &Request, choice: &Choice) -> u64 {
         match self {
-            Self::Attention => &mut choice.kept_attention_layers,
-            Self::Qkv => &mut choice.kept_qkv_layers,
-            Self::GateUp => &mut choice.kept_gate_up_layers,
+            Self::Optimizer if choice.optimizer_host_elements == 0 => 0,
+            Self::Optimizer => OPTIMIZER_PARTS,
+            _ => request.model.n_layers,
         }
     }
 
@@ -183,51 +140,72 @@ impl Extra {
             Self::Attention => forced.kept_attention_layers,
             Self::Qkv => forced.kept_qkv_layers,
             Self::GateUp => forced.kept_gate_up_layers,
+            // What is forced was chosen already.
+            Self::Optimizer => forced.optimizer_host_elements.map(|_| 0),
         }
+    }
+
+    /// The choice with `n` of it on the device.
+    fn kept(self, choice: &Choice, n: u64) -> Choice {
+        let mut choice = choice.clone();
+        match self {
+            Self::Attention => choice.kept_attention_layers = n,
+            Self::Qkv => choice.kept_qkv_layers = n,
+            Self::GateUp => choice.kept_gate_up_layers = n,
+            Self::Optimizer if n == 0 => {}
+            Self::Optimizer => {
+                let rest = choice.optimizer_host_elements * (OPTIMIZER_PARTS - n) / OPTIMIZER_PARTS;
+                choice.optimizer_host_elements = choices::whole_vectors(rest);
+                choice.staged_elements = choice.staged_elements.min(choice.optimizer_host_elements);
+            }
+        }
+        choice
     }
 }
 
-/// Adds kept tensors while they fit, best saving per byte first: a byte of kept attention output saves 2 T FLOPs, a byte
-/// of a kept projection saves 2 h.
-fn with_extras(request: &Request, mut choice: Choice) -> Plan {
-    let order = if request.tokens >= request.model.hidden_size {
-        [Extra::Attention, Extra::Qkv, Extra::GateUp]
-    } else {
-        [Extra::Qkv, Extra::GateUp, Extra::Attention]
+/// Fills free memory, best saving per byte first: a byte of kept attention output saves 2 T FLOPs, a byte of a kept projection
+/// 2 h, a byte of state its way over the link and back, which takes as long as 4 h FLOPs or so.
+fn with_extras(request: &Request, mut choice: Choice) -> Choice {
+    let h = request.model.hidden_size;
+    let order = match request.tokens {
+        tokens if tokens >= 2 * h => [Extra::Attention, Extra::Optimizer, Extra::Qkv, Extra::GateUp],
+        tokens if tokens >= h => [Extra::Optimizer, Extra::Attention, Extra::Qkv, Extra::GateUp],
+        _ => [Extra::Optimizer, Extra::Qkv, Extra::GateUp, Extra::Attention],
     };
     for extra in order {
-        if let Some(layers) = extra.forced(&request.forced) {
-            *extra.layers(&mut choice) = layers.min(request.model.n_layers);
+        let most = extra.most(request, &choice);
+        if let Some(n) = extra.forced(&request.forced) {
+            choice = extra.kept(&choice, n.min(most));
             continue;
         }
-        // Bytes grow with the number of layers, so the most that fit are found by bisection.
-        let (mut low, mut high) = (0, request.model.n_layers);
+        // Bytes grow with what is kept, so the most that fits is found by bisection.
+        let (mut low, mut high) = (0, most);
         while low < high {
             let middle = (low + high).div_ceil(2);
-            *extra.layers(&mut choice) = middle;
-            if fits(request, &priced(request, choice.clone())) {
+            if Needs::of(request, &extra.kept(&choice, middle)).fit(request) {
                 low = middle;
             } else {
                 high = middle - 1;
             }
         }
-        *extra.layers(&mut choice) = low;
+        choice = extra.kept(&choice, low);
     }
-    priced(request, choice)
+    choice
 }
 
-/// A choice with its layout, peak and time.
-fn priced(request: &Request, choice: Choice) -> Plan {
-    let widths = request.widths();
-    let layout: Layout = lay_out(request.model, widths, request.tokens, &choice);
+fn planned(request: &Request, choice: Choice, step_seconds: f64) -> Plan {
+    let needs = Needs::of(request, &choice);
+    let layout = lay_out(request.model, request.widths(), request.tokens, &choice);
     Plan {
         device: request.machine.device,
         precision: request.precision,
         tokens: request.tokens,
-        ledger: layout.ledger(),
-        predicted_peak_bytes: layout.bytes + workspace::process(request.machine.device),
-        disk_bytes: disk_bytes(request.model, widths, request.tokens, &choice),
-        step_seconds: step_seconds(request.model, request.machine, widths, request.tokens, &choice),
+        ledger: layout.ledger(Arena::Device),
+        host_ledger: layout.ledger(Arena::Host),
+        predicted_peak_bytes: needs.device,
+        predicted_host_peak_bytes: needs.host,
+        disk_bytes: needs.disk,
+        step_seconds,
         choice,
         layout,
     }

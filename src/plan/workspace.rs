@@ -5,27 +5,44 @@ use crate::domain::{ModelConfig, machine::DeviceKind};
 /// Measured: the kernels of cuBLASLt and cuDNN that a step loads, and local memory for them.
 const CUDA_MODULES_BYTES: u64 = 256 << 20;
 
+/// Keys of a block, and query heads times keys of a call, as `backend/cuda` cuts them.
+const CUDA_BLOCK_KEYS: u64 = 1 << 16;
+const CUDA_HEAD_KEYS: u64 = 1 << 19;
+/// Measured: resident bytes of a process that has the driver, cuBLASLt and cuDNN loaded.
+const CUDA_HOST_BYTES: u64 = 544 << 20;
+
 /// Bytes of attention scratch for chunks of `chunk` queries against up to `tokens` keys.
 pub fn attention(model: &ModelConfig, device: DeviceKind, chunk: u64, tokens: u64) -> u64 {
     let (chunk, group) = (chunk.min(tokens), model.n_heads / model.n_kv_heads);
     match device {
         DeviceKind::Cpu => 0,
         DeviceKind::Cuda => {
-            // One kv head a call: bf16 dk and dv, f32 sums of dq, the library's dk and dv of every query head, and its slack.
+            // Backward, by block of keys: sums of dq twice over and a call's dq, its dk and dv and those of every query head,
+            // and the library's slack.
             let align = |bytes: u64| bytes.next_multiple_of(256);
-            let gradients = align(tokens * model.head_dim * 2);
-            let dq_sums = align(group * chunk * model.head_dim * 4);
-            let by_head = if group > 1 { 2 * group * tokens * model.head_dim * 2 } else { 0 };
-            2 * gradients + dq_sums + by_head + (1 << 20)
+            let block = tokens.min(CUDA_BLOCK_KEYS.max(chunk));
+            let head_keys = (model.n_heads * block).min(CUDA_HEAD_KEYS.max(group * block));
+            let gradients = align(head_keys.div_ceil(group) * model.head_dim * 2);
+            let queries = chunk * model.n_heads * model.head_dim;
+            let by_head = if group > 1 { 2 * align(head_keys * model.head_dim * 2) } else { 0 };
+            2 * align(queries * 4) + align(queries * 2) + 2 * gradients + by_head + (1 << 20)
         }
     }
 }
 
-/// Device bytes a trainer process needs outside the arena. CPU: GEMM packing buffers and thread stacks. CUDA: the scratch of
-/// our own kernels and products (32 MiB), and what the driver takes to load the libraries' kernels.
-pub fn process(device: DeviceKind) -> u64 {
+/// Bytes that a trainer process needs beside its arenas.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Process {
+    pub device: u64,
+    /// 0 on the CPU, where the device is the host.
+    pub host: u64,
+}
+
+/// CPU: GEMM packing buffers and thread stacks. CUDA: the scratch of our own kernels and products (32 MiB), and what the
+/// driver takes to load the libraries' kernels; on the host, the libraries themselves.
+pub fn process(device: DeviceKind) -> Process {
     match device {
-        DeviceKind::Cpu => 4 << 20,
-        DeviceKind::Cuda => (32 << 20) + CUDA_MODULES_BYTES,
+        DeviceKind::Cpu => Process { device: 4 << 20, host: 0 },
+        DeviceKind::Cuda => Process { device: (32 << 20) + CUDA_MODULES_BYTES, host: CUDA_HOST_BYTES },
     }
 }

@@ -52,6 +52,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/engine/backend/cuda/gemm.rs", "cuBLASLt takes attributes and operands as untyped memory"),
     ("src/engine/backend/cuda/kernels.rs", "launches of our own kernels"),
     ("src/engine/backend/cuda/libraries.rs", "loads NVIDIA's libraries"),
+    ("src/engine/backend/cuda/pinned.rs", "host memory is mapped, touched and handed to the driver by address"),
     ("src/engine/comm/nccl.rs", "calls into NCCL"),
     ("src/engine/file_map.rs", "memory maps of weight and token files"),
 ];

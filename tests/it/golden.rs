@@ -9,7 +9,7 @@ use std::{
 };
 
 use longhaul::{
-    domain::{ModelConfig, training::Precision},
+    domain::{ModelConfig, training::{Moments, Precision}},
     engine::{
         backend::{AdamW, Backend, cpu::Cpu},
         checkpoint::safetensors::Weights,
@@ -83,7 +83,7 @@ fn plans() -> [(&'static str, Forced); 3] {
     let bare = Forced { kept_gate_up_layers: Some(0), mlp_tile_rows: Some(13), loss_tile_rows: Some(29), ..bare };
     [
         ("one chunk", whole),
-        ("chunks of 23", Forced { chunk_tokens: Some(23), place: Some(Place::Device), ..bare }),
+        ("chunks of 23", Forced { chunk_tokens: Some(23), place: Some(Place::Memory), ..bare }),
         (
             "chunks of 64, inputs on disk",
             Forced {
@@ -102,7 +102,8 @@ fn session<B: Backend>(name: &str, backend: B, precision: Precision, forced: For
     let config = ModelConfig::from_config_text(&std::fs::read_to_string(folder(name).join("config.json")).unwrap());
     let config = config.unwrap();
     let machine = model::machine(1 << 30);
-    let request = plan::Request { model: &config, precision, tokens: 256, micro_batches: 1, machine: &machine, forced };
+    let (model, machine, moments) = (&config, &machine, Moments::F32);
+    let request = plan::Request { model, precision, moments, tokens: 256, micro_batches: 1, machine, forced };
     let plan = plan::plan(&request).unwrap();
     let mut session = Session::new(backend, &plan, &config, &std::env::temp_dir()).unwrap();
     saved::load_base(&mut session, &folder(name)).unwrap();

@@ -3,7 +3,7 @@
 use longhaul::domain::{
     JobRequest, TrainingSpec,
     machine::DeviceKind,
-    training::{LongDocuments, Precision, Schedule},
+    training::{LongDocuments, Moments, Precision, Schedule},
 };
 use serde_json::{Value, json};
 
@@ -37,7 +37,7 @@ fn every_field_of_training_arrives() {
         "sequence_length": 4096, "long_documents": "split", "packing": false, "max_steps": 7,
         "gradient_accumulation_steps": 3, "learning_rate": 2e-4, "schedule": "linear", "warmup_steps": 5,
         "min_lr_ratio": 0.0, "weight_decay": 0.0, "beta1": 0.8, "beta2": 0.99, "epsilon": 1e-6, "max_grad_norm": 0,
-        "checkpoint_interval": 2, "seed": 42, "precision": "bf16", "device": "cpu",
+        "checkpoint_interval": 2, "seed": 42, "precision": "bf16", "moments": "bf16", "device": "cpu",
     }));
     let expected = TrainingSpec {
         sequence_length: Some(4096),
@@ -59,6 +59,7 @@ fn every_field_of_training_arrives() {
         evaluation_interval: None,
         seed: 42,
         precision: Precision::Bf16,
+        moments: Moments::Bf16,
         device: Some(DeviceKind::Cpu),
     };
     assert_eq!(spec, expected);
@@ -167,6 +168,7 @@ fn impossible_numbers_are_refused_in_every_field_of_training() {
         ("long_documents", json!(1)),
         ("schedule", json!("step")),
         ("precision", json!("fp8")),
+        ("moments", json!("f16")),
         ("device", json!("tpu")),
         ("device", json!(["cpu"])),
     ]);

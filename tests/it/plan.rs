@@ -2,7 +2,7 @@
 
 use longhaul::{
     bench::shapes,
-    domain::{ModelConfig, training::Precision},
+    domain::{ModelConfig, training::{Moments, Precision}},
     plan::{self, Forced, Place, Request, Slot, layout::Category},
 };
 
@@ -11,7 +11,8 @@ use crate::support::model::machine;
 const GIB: u64 = 1 << 30;
 
 fn request<'a>(model: &'a ModelConfig, machine: &'a longhaul::domain::Machine, tokens: u64) -> Request<'a> {
-    Request { model, precision: Precision::F32, tokens, micro_batches: 1, machine, forced: Forced::default() }
+    let (precision, moments) = (Precision::F32, Moments::F32);
+    Request { model, precision, moments, tokens, micro_batches: 1, machine, forced: Forced::default() }
 }
 
 #[test]
@@ -44,7 +45,7 @@ fn a_token_costs_the_streamed_layer_and_its_slots() {
     let forced = Forced {
         chunk_tokens: Some(8192),
         checkpoint_slots: Some(7),
-        place: Some(Place::Device),
+        place: Some(Place::Memory),
         kept_attention_layers: Some(0),
         kept_qkv_layers: Some(0),
         kept_gate_up_layers: Some(0),
@@ -102,7 +103,7 @@ fn a_refusal_names_the_longest_that_fits() {
 #[test]
 fn inputs_go_to_disk_where_memory_cannot_hold_them() {
     let model = shapes::named("10m").unwrap();
-    let forced = Forced { place: Some(Place::Device), ..Forced::default() };
+    let forced = Forced { place: Some(Place::Memory), ..Forced::default() };
     let small = machine(400 << 20);
     let in_memory = plan::longest(&Request { forced, ..request(&model, &small, 128) });
     let anywhere = plan::longest(&request(&model, &small, 128));
@@ -136,4 +137,49 @@ fn the_planner_and_the_gpu_agree_on_attention_scratch() {
             assert_eq!(planned, attention_workspace_bytes(heads, chunk, tokens), "{name} {chunk} {tokens}");
         }
     }
+}
+
+/// An H200 with this much host memory.
+fn hopper(host_gib: u64) -> longhaul::domain::Machine {
+    let rates = longhaul::domain::machine::Rates {
+        gemm_flops: 730e12,
+        attention_flops: 530e12,
+        memory_bytes: 3.6e12,
+        link_bytes: 50e9,
+        ..machine(0).rates
+    };
+    longhaul::domain::Machine {
+        device: longhaul::domain::machine::DeviceKind::Cuda,
+        device_bytes: 138 * GIB,
+        host_bytes: host_gib * GIB,
+        rates,
+        ..machine(0)
+    }
+}
+
+#[test]
+fn host_memory_carries_what_a_gpu_cannot() {
+    let model = shapes::named("llama-3.1-8b").unwrap();
+    let of = |host_gib, moments, tokens| {
+        let machine = hopper(host_gib);
+        let plan = plan::plan(&Request { precision: Precision::Bf16, moments, ..request(&model, &machine, tokens) });
+        if let Ok(plan) = &plan {
+            assert!(plan.predicted_peak_bytes <= machine.device_bytes);
+            assert!(plan.predicted_host_peak_bytes <= machine.host_bytes);
+            assert_eq!(plan.host_ledger.iter().map(|(_, bytes)| bytes).sum::<u64>(), plan.layout.host_bytes);
+        }
+        plan
+    };
+    // With one GPU and 128 GiB beside it, less a tenth for others.
+    assert!(of(113, Moments::F32, 1_500_000).is_ok());
+    assert!(of(113, Moments::Bf16, 2_000_000).is_ok());
+    assert_eq!(of(113, Moments::F32, 2_600_000).unwrap_err().wall, "host memory");
+    // At 128K the attention of all layers is kept on the device because layer inputs are not.
+    let plan = of(113, Moments::F32, 131_072).unwrap();
+    assert_eq!(plan.choice.kept_attention_layers, model.n_layers);
+    assert!(plan.choice.checkpoint_host_rows > 0 && plan.choice.optimizer_host_elements < model.n_params() / 4);
+    // Without host memory less is kept and it takes longer.
+    let alone = of(0, Moments::F32, 131_072).unwrap();
+    assert_eq!((alone.layout.host_bytes, alone.choice.optimizer_host_elements), (0, 0));
+    assert!(alone.step_seconds > plan.step_seconds && alone.choice.kept_attention_layers < model.n_layers);
 }

@@ -5,7 +5,7 @@
 use std::{path::Path, process::Command};
 
 use longhaul::{
-    domain::{ModelConfig, TrainingSpec, training::Precision},
+    domain::{ModelConfig, TrainingSpec, training::{Moments, Precision}},
     engine::{
         backend::{Backend, DType, Tensor, cpu::Cpu},
         checkpoint::huggingface,
@@ -34,6 +34,7 @@ fn logits(checkpoint: &Path, text: &str) -> (Vec<i32>, Vec<u8>, f64) {
     let request = plan::Request {
         model: &config,
         precision: Precision::F32,
+        moments: Moments::F32,
         tokens: n,
         micro_batches: 1,
         machine: &machine,

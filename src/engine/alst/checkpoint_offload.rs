@@ -3,21 +3,23 @@
 //! Memory: slots x T x h for inputs (ALST section 3.2 keeps all L of them on the host; segments keep fewer), and per kept
 //! layer T (nq d) for the attention output, T (nq + 2 nk) d for q, k, v, T (2 f) for gate and up. Price: a layer's forward
 //! for every input that is rebuilt, or the traffic of writing inputs out and reading them back.
-//! The layer loop asks no memory option: it puts inputs, fetches them, and is handed whatever rows are kept.
+//! Inputs go out and come back a chunk of rows at a time, so that copies over the link run beside the layer's work: out of
+//! rows that are about to be overwritten, and into rows that a backward is done with. The layer loop asks no memory option: it
+//! puts inputs, fetches them, and is handed whatever rows are kept.
 //! Test: `parity::checkpoint_offload`.
 
 use std::{fs::File, ops::Range};
 
 use crate::engine::{
     Result,
-    backend::{Backend, Stream, Tensor},
+    backend::{Backend, Space, Split, Stream, Tensor},
 };
 
 /// Where the slots are.
 #[derive(Debug)]
 pub enum Slots {
-    /// `[slots * T, h]` in the device arena.
-    Device(Tensor),
+    /// `[slots * T, h]` in the arenas.
+    Memory(Split),
     /// A file that nobody else has; row r of slot s lies `(s * T + r) * h` elements in.
     Disk { file: File, slots: u64 },
 }
@@ -59,17 +61,18 @@ impl CheckpointOffload {
     /// A room for sequences of up to `rows` tokens.
     pub fn new(slots: Slots, rows: u64, kept: Kept) -> Self {
         let n = match &slots {
-            Slots::Device(tensor) => tensor.rows / rows,
+            Slots::Memory(split) => split.n_rows() / rows,
             Slots::Disk { slots, .. } => *slots,
         };
         Self { slots, rows, held: vec![None; n as usize], kept }
     }
 
-    /// Keeps rows of a layer's input. The rows may be overwritten once the compute stream has passed this call.
+    /// Keeps rows of a layer's input. The rows may be overwritten once the compute stream has passed this call, and the
+    /// event that it may answer.
     ///
     /// # Panics
     /// When every slot is taken: the plan's segments promise that this cannot be.
-    pub fn put<B: Backend>(&mut self, b: &mut B, layer: u64, rows: &Range<u64>, x: Tensor) -> Result {
+    pub fn put<B: Backend>(&mut self, b: &mut B, layer: u64, rows: &Range<u64>, x: Tensor) -> Result<Option<B::Event>> {
         let slot = if let Some(slot) = self.slot_of(layer) {
             slot
         } else {
@@ -78,25 +81,49 @@ impl CheckpointOffload {
             free as u64
         };
         let first = slot * self.rows + rows.start;
-        match &self.slots {
-            Slots::Device(all) => b.copy(Stream::Compute, all.rows(first, first + x.rows), x),
-            Slots::Disk { file, .. } => b.spill(Stream::Compute, file, first * x.cols * x.dtype.bytes(), x),
+        let mut gone = None;
+        for (kept, x) in pieces(&self.slots, first, x) {
+            match kept {
+                Piece::Memory(to) if to.space == Space::Device => b.copy(Stream::Compute, to, x)?,
+                Piece::Memory(to) => {
+                    let there = b.record(Stream::Compute)?;
+                    b.wait(Stream::Down, &there)?;
+                    b.copy(Stream::Down, to, x)?;
+                    gone = Some(b.record(Stream::Down)?);
+                }
+                Piece::Disk(file, at) => b.spill(Stream::Compute, file, at, x)?,
+            }
         }
+        Ok(gone)
     }
 
-    /// Brings a layer's whole input back into `x` and frees its slot unless `keep` is set.
+    /// Brings rows of a layer's input back into `x`, which the compute stream must be done with. The rows are there once the
+    /// compute stream has passed this call, and the event that it may answer.
     ///
     /// # Panics
     /// When the input was never put.
-    pub fn fetch<B: Backend>(&mut self, b: &mut B, layer: u64, x: Tensor, keep: bool) -> Result {
+    pub fn fetch<B: Backend>(&self, b: &mut B, layer: u64, rows: &Range<u64>, x: Tensor) -> Result<Option<B::Event>> {
         let slot = self.slot_of(layer).expect("a layer's input is put before it is fetched");
-        if !keep {
-            self.held[slot as usize] = None;
+        let mut here = None;
+        for (kept, x) in pieces(&self.slots, slot * self.rows + rows.start, x) {
+            match kept {
+                Piece::Memory(from) if from.space == Space::Device => b.copy(Stream::Compute, x, from)?,
+                Piece::Memory(from) => {
+                    let free = b.record(Stream::Compute)?;
+                    b.wait(Stream::Up, &free)?;
+                    b.copy(Stream::Up, x, from)?;
+                    here = Some(b.record(Stream::Up)?);
+                }
+                Piece::Disk(file, at) => b.unspill(Stream::Compute, file, at, x)?,
+            }
         }
-        let first = slot * self.rows;
-        match &self.slots {
-            Slots::Device(all) => b.copy(Stream::Compute, x, all.rows(first, first + x.rows)),
-            Slots::Disk { file, .. } => b.unspill(Stream::Compute, file, first * x.cols * x.dtype.bytes(), x),
+        Ok(here)
+    }
+
+    /// Frees the slot of a layer's input, if it has one. Everything fetched from it must have been waited for.
+    pub fn release(&mut self, layer: u64) {
+        if let Some(slot) = self.slot_of(layer) {
+            self.held[slot as usize] = None;
         }
     }
 
@@ -120,5 +147,28 @@ impl CheckpointOffload {
 
     fn slot_of(&self, layer: u64) -> Option<u64> {
         self.held.iter().position(|held| *held == Some(layer)).map(|slot| slot as u64)
+    }
+}
+
+/// Where rows of a slot lie.
+enum Piece<'a> {
+    Memory(Tensor),
+    /// From this byte of the file on.
+    Disk(&'a File, u64),
+}
+
+/// Rows from `first` of all slots on, as many as `x` has, piece by piece with the rows of `x` that belong there.
+fn pieces(slots: &Slots, first: u64, x: Tensor) -> Vec<(Piece<'_>, Tensor)> {
+    match slots {
+        Slots::Memory(split) => {
+            let mut done = 0;
+            let piece = |kept: Tensor| {
+                let rows = x.rows(done, done + kept.rows);
+                done += kept.rows;
+                (Piece::Memory(kept), rows)
+            };
+            split.rows(first, first + x.rows).map(piece).collect()
+        }
+        Slots::Disk { file, .. } => vec![(Piece::Disk(file, first * x.cols * x.dtype.bytes()), x)],
     }
 }

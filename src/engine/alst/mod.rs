@@ -5,10 +5,12 @@
 //! | `tiled_mlp` | gate, up, activation of all rows but one tile | none: rows are independent | is `layers::mlp` |
 //! | `tiled_loss` | logits of all rows but one tile | none: gradients are made in the forward pass | is `layers::loss` |
 //! | `checkpoint_offload` | every layer's intermediates, and most layer inputs | a forward per rebuilt layer, or link and disk traffic | keeps every input in place |
+//! | `optimizer_offload` | moments and low halves on the device | each of their bytes crosses the link twice a step | is `optim::update` |
 //!
 //! Two door shapes. A wrapping room (`tiled_*`) takes the arguments of its plain twin and its own tile size. A keeping
 //! room owns tensors and hands them out. Rooms do not import each other; the model composes them.
 
 pub mod checkpoint_offload;
+pub mod optimizer_offload;
 pub mod tiled_loss;
 pub mod tiled_mlp;

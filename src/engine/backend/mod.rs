@@ -14,11 +14,12 @@
 pub mod arena;
 pub mod cpu;
 pub mod cuda;
+mod resident;
 pub mod tensor;
 
 use std::{fs::File, ops::Range};
 
-pub use tensor::{ALIGNMENT, DType, Space, Tensor};
+pub use tensor::{ALIGNMENT, DType, Space, Split, Tensor};
 
 use super::error::Result;
 
@@ -101,14 +102,20 @@ pub trait Backend: Sized {
     /// Peak bytes of the device (host memory for `Cpu`) by the operating system's or the driver's count, less what was in
     /// use before `reserve`.
     fn peak_bytes(&self) -> u64;
+    /// Peak bytes of host memory of this process by the operating system's count, the host arena included. On `Cpu` the
+    /// same as [`Backend::peak_bytes`].
+    fn peak_host_bytes(&self) -> u64;
     /// Bytes of the device arena that the system has had to back with memory: what of the plan was really used.
     fn touched_bytes(&self) -> u64;
     /// Bytes of workspace that the attention calls need for a query chunk of `c` tokens against `kv` keys.
     fn attention_workspace(&self, heads: Heads, c: u64, kv: u64) -> u64;
 
+    /// Makes ready what the two attention calls of this window need beyond memory (plans of a library), and computes nothing.
+    fn prepare_attention(&mut self, heads: Heads, window: &Window) -> Result;
+
     // ---- elementwise and reductions -----------------------------------------------------------------------------
 
-    /// `x = value`, any dtype.
+    /// `x = value`, any dtype, either space.
     fn fill(&mut self, x: Tensor, value: f64) -> Result;
     /// `to = from`, converting between storage and wide (rounding to nearest even).
     fn cast(&mut self, to: Tensor, from: Tensor) -> Result;

@@ -92,3 +92,34 @@ impl Tensor {
         Self { rows, cols, ..*self }
     }
 }
+
+/// One run of rows in two places: the first of them in host memory, the rest on the device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Split {
+    pub host: Tensor,
+    pub device: Tensor,
+}
+
+impl Split {
+    /// All of it on the device.
+    pub fn resident(device: Tensor) -> Self {
+        let host = Tensor { space: Space::Host, offset: 0, rows: 0, ..device };
+        Self { host, device }
+    }
+
+    /// Rows in all.
+    pub fn n_rows(&self) -> u64 {
+        self.host.rows + self.device.rows
+    }
+
+    /// Rows `start..end` as the one or two tensors that hold them, in order.
+    ///
+    /// # Panics
+    /// When the range leaves the rows: a bug in the caller's walk.
+    pub fn rows(&self, start: u64, end: u64) -> impl Iterator<Item = Tensor> + use<> {
+        let cut = self.host.rows;
+        let host = (start < cut).then(|| self.host.rows(start, end.min(cut)));
+        let device = (end > cut).then(|| self.device.rows(start.max(cut) - cut, end - cut));
+        host.into_iter().chain(device)
+    }
+}

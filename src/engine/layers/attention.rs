@@ -68,6 +68,8 @@ pub struct Chunk<'a> {
     pub angles: Tensor,
     pub heads: Heads,
     pub eps: f64,
+    /// False in a memory proof: attention's place is filled with zeros and its gradient left out.
+    pub attends: bool,
 }
 
 impl Chunk<'_> {
@@ -123,7 +125,12 @@ pub fn project_q<B: Backend>(b: &mut B, x: Tensor, w: &Weights, work: &Work, q: 
 
 /// Attends the chunk's queries to all keys up to the chunk's end.
 pub fn attend<B: Backend>(b: &mut B, act: &Activations, kv: KeysValues, work: &Work, at: &Chunk) -> Result {
-    b.attention(act.o, act.lse, act.q, kv.k, kv.v, work.scratch, at.heads, &at.window())
+    if at.attends {
+        return b.attention(act.o, act.lse, act.q, kv.k, kv.v, work.scratch, at.heads, &at.window());
+    }
+    b.prepare_attention(at.heads, &at.window())?;
+    b.fill(act.o, 0.0)?;
+    b.fill(act.lse, 0.0)
 }
 
 /// `y += output(o)`.
@@ -155,13 +162,13 @@ pub fn backward<B: Backend>(
     let Saved { x, w, act, kv } = saved;
     b.matmul_dw(dw.output, dy, act.o)?;
     b.matmul_dx(work.d_o, dy, w.output, 0.0)?;
-    b.attention_backward(
-        AttentionGrads { dq: work.dq, dk: dkv.k, dv: dkv.v, delta: work.delta },
-        AttentionSaved { d_o: work.d_o, o: act.o, lse: act.lse, q: act.q, k: kv.k, v: kv.v },
-        work.scratch,
-        at.heads,
-        &at.window(),
-    )?;
+    let grads = AttentionGrads { dq: work.dq, dk: dkv.k, dv: dkv.v, delta: work.delta };
+    let attended = AttentionSaved { d_o: work.d_o, o: act.o, lse: act.lse, q: act.q, k: kv.k, v: kv.v };
+    if at.attends {
+        b.attention_backward(grads, attended, work.scratch, at.heads, &at.window())?;
+    } else {
+        b.fill(work.dq, 0.0)?;
+    }
     let (dk, dv) = at.rows_of(dkv);
     b.rope_merge_backward(work.qkv, work.dq, dk, dv, at.angles, at.heads)?;
     b.matmul_dw(dw.qkv, work.qkv, work.norm)?;

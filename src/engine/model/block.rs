@@ -47,6 +47,8 @@ pub struct Sequence<'a> {
     pub angles: Tensor,
     pub heads: Heads,
     pub eps: f64,
+    /// First row that attends: 0, but in a memory proof.
+    pub attends_from: u64,
 }
 
 /// Which forward this is.
@@ -72,6 +74,7 @@ impl<'a> Sequence<'a> {
             angles: self.angles.rows(rows.start, rows.end),
             heads: self.heads,
             eps: self.eps,
+            attends: rows.start >= self.attends_from,
             rows,
         }
     }
@@ -131,7 +134,7 @@ impl Work {
     }
 
     /// Forward over the whole sequence: `x` `[T, h]` becomes the layer's output. `put` sees each chunk's input rows before
-    /// they are overwritten.
+    /// they are overwritten, which waits for the event that it answers.
     pub fn forward<B: Backend>(
         &self,
         b: &mut B,
@@ -139,14 +142,14 @@ impl Work {
         (weights, kept): (&LayerParams, &KeptLayer),
         sequence: Sequence,
         pass: Pass,
-        mut put: impl FnMut(&mut B, &Range<u64>, Tensor) -> Result,
+        mut put: impl FnMut(&mut B, &Range<u64>, Tensor) -> Result<Option<B::Event>>,
     ) -> Result {
         let (attention_w, mlp_w) = (attention_weights(weights), mlp_weights(weights));
         let kv = self.kv(kept);
         for at in sequence.chunks(self.attention.norm.rows) {
             let Range { start, end } = at.rows;
             let rows = x.rows(start, end);
-            put(b, &at.rows, rows)?;
+            let kept_input = put(b, &at.rows, rows)?;
             let work = self.chunk(end - start);
             let act = self.activations(kept, &at);
             let filled = pass == Pass::Rerun;
@@ -156,6 +159,9 @@ impl Work {
                 }
                 attention::attend(b, &act, kv, &work, &at)?;
             }
+            if let Some(gone) = kept_input {
+                b.wait(Stream::Compute, &gone)?;
+            }
             attention::project_output(b, rows, act.o, &attention_w)?;
             self.mlp.forward(b, rows, &mlp_w, kept_gate_up(kept, &at, filled))?;
         }
@@ -163,7 +169,7 @@ impl Work {
     }
 
     /// Backward over the whole sequence: `dy` `[T, h]`, the gradient of the layer's output, becomes that of its input `x`;
-    /// `grads` is added to.
+    /// `grads` is added to. `done` is told each chunk's rows when nothing will read them in `x` any more, last rows first.
     pub fn backward<B: Backend>(
         &self,
         b: &mut B,
@@ -171,6 +177,7 @@ impl Work {
         (weights, kept): (&LayerParams, &KeptLayer),
         grads: &LayerParams,
         sequence: Sequence,
+        mut done: impl FnMut(&mut B, &Range<u64>) -> Result,
     ) -> Result {
         let (attention_w, mlp_w) = (attention_weights(weights), mlp_weights(weights));
         let (attention_dw, mlp_dw) = (attention_weights(grads), mlp_weights(grads));
@@ -202,6 +209,7 @@ impl Work {
             self.mlp.backward(b, dy, h1, &mlp_w, &mlp_dw, kept_gate_up(kept, &at, true))?;
             let saved = attention::Saved { x, w: &attention_w, act, kv };
             attention::backward(b, dy, saved, self.dkv, &attention_dw, &work, &at)?;
+            done(b, &at.rows)?;
         }
         Ok(())
     }

@@ -6,4 +6,4 @@ pub mod params;
 pub mod transformer;
 
 pub use params::{LayerParams, Params};
-pub use transformer::{Batch, Transformer};
+pub use transformer::{Batch, MemoryProof, Transformer};

@@ -12,7 +12,7 @@ use crate::{
     engine::{
         Result,
         alst::{checkpoint_offload::CheckpointOffload, tiled_loss::TiledLoss},
-        backend::{Backend, Heads, Tensor},
+        backend::{Backend, Heads, Stream, Tensor},
         layers::loss,
     },
 };
@@ -39,6 +39,16 @@ pub struct Transformer {
     pub labels: Tensor,
     pub positions: Tensor,
     pub angles: Tensor,
+    /// Leaves out most of attention; the result is worthless.
+    pub memory_proof: Option<MemoryProof>,
+}
+
+/// A step that allocates, plans and copies as a real one, and computes everything but attention, of which only that of the
+/// last rows of the first layers, where the prefix is longest. It shows that a step fits, not how long it takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MemoryProof {
+    pub layers: u64,
+    pub rows: u64,
 }
 
 /// One sequence as the model sees it. All three lists are equally long; labels are already shifted, -100 counts nothing.
@@ -68,8 +78,9 @@ impl Transformer {
         let gradient = loss::Gradient { dx: dy, dw, scale };
         self.loss.forward_backward(b, self.sums, (x, labels), &self.head(), Some(gradient))?;
         self.grads.end_loss(b)?;
+        let mut arriving = None;
         for segment in (0..self.segment_starts.len()).rev() {
-            self.segment_backward(b, segment, at)?;
+            self.segment_backward(b, segment, at, &mut arriving)?;
         }
         b.embedding_backward(self.grads.embedding(), ids, dy)?;
         self.grads.end_embedding(b)
@@ -102,7 +113,15 @@ impl Transformer {
         let heads =
             Heads { n_heads: self.config.n_heads, n_kv_heads: self.config.n_kv_heads, head_dim: self.config.head_dim };
         let (angles, eps) = (self.angles, self.config.rms_norm_eps);
-        Ok(block::Sequence { tokens, documents: batch.documents, angles, heads, eps })
+        Ok(block::Sequence { tokens, documents: batch.documents, angles, heads, eps, attends_from: 0 })
+    }
+
+    /// The sequence as a layer sees it.
+    fn of_layer<'a>(&self, layer: u64, at: block::Sequence<'a>) -> block::Sequence<'a> {
+        let attends_from = self.memory_proof.map_or(0, |proof| {
+            if layer < proof.layers { at.tokens.saturating_sub(proof.rows) } else { at.tokens }
+        });
+        block::Sequence { attends_from, ..at }
     }
 
     fn layer_forward<B: Backend>(
@@ -113,22 +132,30 @@ impl Transformer {
         pass: Pass,
         keep_input: bool,
     ) -> Result {
-        let kept = self.checkpoints.layer(layer);
+        let (kept, at) = (self.checkpoints.layer(layer), self.of_layer(layer, at));
         let weights = &self.weights.layers[layer as usize];
         let checkpoints = &mut self.checkpoints;
         let x = self.x.rows(0, at.tokens);
         self.block.forward(b, x, (weights, &kept), at, pass, |b, rows, x| {
-            if keep_input { checkpoints.put(b, layer, rows, x) } else { Ok(()) }
+            if keep_input { checkpoints.put(b, layer, rows, x) } else { Ok(None) }
         })
     }
 
-    /// Backward of one segment: rebuilds the inputs of its layers from its start, then walks them last to first.
-    fn segment_backward<B: Backend>(&mut self, b: &mut B, segment: usize, at: block::Sequence) -> Result {
+    /// Backward of one segment: rebuilds the inputs of its layers from its start, then walks them last to first. While a
+    /// layer is walked the input that is needed next comes into the rows that the walk is done with; `arriving` hands that of
+    /// the previous segment's start over.
+    fn segment_backward<B: Backend>(
+        &mut self,
+        b: &mut B,
+        segment: usize,
+        at: block::Sequence,
+        arriving: &mut Option<Arriving<B::Event>>,
+    ) -> Result {
         let start = self.segment_starts[segment];
         let end = self.segment_starts.get(segment + 1).copied().unwrap_or(self.config.n_layers);
         let (x, dy) = (self.x.rows(0, at.tokens), self.dy.rows(0, at.tokens));
         if end - start > 1 {
-            self.checkpoints.fetch(b, start, x, true)?;
+            self.input(b, start, x, arriving)?;
             for layer in start..end - 1 {
                 self.layer_forward(b, layer, at, Pass::Rerun, layer > start)?;
             }
@@ -136,13 +163,45 @@ impl Transformer {
         for layer in (start..end).rev() {
             // The last layer's input is what the re-run left in x.
             if self.checkpoints.holds(layer) {
-                self.checkpoints.fetch(b, layer, x, false)?;
+                self.input(b, layer, x, arriving)?;
+                self.checkpoints.release(layer);
             }
-            let kept = self.checkpoints.layer(layer);
+            let next = if layer > start { Some(layer - 1) } else { segment.checked_sub(1).map(|s| self.segment_starts[s]) };
+            let (kept, of_layer) = (self.checkpoints.layer(layer), self.of_layer(layer, at));
             let (weights, grads) = (&self.weights.layers[layer as usize], self.grads.begin_layer(b, layer)?);
-            self.block.backward(b, (dy, x), (weights, &kept), &grads, at)?;
+            let checkpoints = &self.checkpoints;
+            let mut last = None;
+            self.block.backward(b, (dy, x), (weights, &kept), &grads, of_layer, |b, rows| {
+                let Some(next) = next else { return Ok(()) };
+                let here = checkpoints.fetch(b, next, rows, x.rows(rows.start, rows.end))?;
+                last = here.or(last.take());
+                Ok(())
+            })?;
+            *arriving = next.map(|layer| Arriving { layer, last });
             self.grads.end_layer(b, layer)?;
         }
         Ok(())
     }
+
+    /// A layer's kept input in `x`: on its way already, or fetched whole.
+    fn input<B: Backend>(
+        &self,
+        b: &mut B,
+        layer: u64,
+        x: Tensor,
+        arriving: &mut Option<Arriving<B::Event>>,
+    ) -> Result {
+        let last = match arriving.take() {
+            Some(on_its_way) if on_its_way.layer == layer => on_its_way.last,
+            _ => self.checkpoints.fetch(b, layer, &(0..x.rows), x)?,
+        };
+        last.map_or(Ok(()), |event| b.wait(Stream::Compute, &event))
+    }
+}
+
+/// A layer's input on its way into the residual stream's rows.
+struct Arriving<E> {
+    layer: u64,
+    /// Its last copy, when another stream does the copying.
+    last: Option<E>,
 }

@@ -7,7 +7,7 @@ use super::{
     backend::{AdamW, Backend, OptimizerState, Tensor},
 };
 
-/// Flat tensors of all parameters and their state, equally long.
+/// Flat tensors of consecutive parameters and their state, equally long.
 #[derive(Debug, Clone, Copy)]
 pub struct States {
     pub w: Tensor,
@@ -37,26 +37,35 @@ pub struct Scalars {
     pub scale: Tensor,
 }
 
-/// One AdamW step over all groups with gradients scaled to a global norm of at most `max_norm` (0: not scaled).
+/// Norm of all gradients `g`, and the factor that brings it down to at most `max_norm` (0: 1).
+pub fn clip<B: Backend>(b: &mut B, g: Tensor, scalars: Scalars, max_norm: f64) -> Result {
+    b.fill(scalars.sum_squares, 0.0)?;
+    b.sum_squares(scalars.sum_squares, g)?;
+    b.clip_scale(scalars.scale, scalars.sum_squares, max_norm)
+}
+
+/// One AdamW update of parameters that lie from element `first` of the flat layout on, with gradients times `scale`.
 /// `hyper.weight_decay` holds for decayed groups.
 pub fn update<B: Backend>(
     b: &mut B,
     states: &States,
+    first: u64,
     groups: &[Group],
-    scalars: Scalars,
+    scale: Tensor,
     hyper: &AdamW,
-    max_norm: f64,
 ) -> Result {
-    b.fill(scalars.sum_squares, 0.0)?;
-    b.sum_squares(scalars.sum_squares, states.g)?;
-    b.clip_scale(scalars.scale, scalars.sum_squares, max_norm)?;
+    let end = first + states.w.elements();
     for group in groups {
-        let part = |flat: Tensor| flat.part(group.start, group.elements);
+        let (start, group_end) = (group.start.max(first), (group.start + group.elements).min(end));
+        if start >= group_end {
+            continue;
+        }
+        let part = |flat: Tensor| flat.part(start - first, group_end - start);
         let state =
             OptimizerState { w: part(states.w), low: states.low.map(part), m: part(states.m), v: part(states.v) };
         let weight_decay = if group.decayed { hyper.weight_decay } else { 0.0 };
-        let hyper = AdamW { weight_decay, first_index: group.start, ..*hyper };
-        b.adamw(state, part(states.g), scalars.scale, &hyper)?;
+        let hyper = AdamW { weight_decay, first_index: start, ..*hyper };
+        b.adamw(state, part(states.g), scale, &hyper)?;
     }
     Ok(())
 }

@@ -8,10 +8,11 @@ use crate::{
         Error, Result,
         alst::{
             checkpoint_offload::{CheckpointOffload, Kept, Slots},
+            optimizer_offload::{OptimizerOffload, Staged},
             tiled_loss::TiledLoss,
             tiled_mlp::TiledMlp,
         },
-        backend::{Backend, DType, Tensor},
+        backend::{Backend, DType, Space, Split, Tensor},
         layers::{
             attention::{self, KeysValues},
             loss, mlp,
@@ -22,14 +23,20 @@ use crate::{
         },
         optim,
     },
-    plan::{Layout, Place, Plan, Slot, layout::Element},
+    plan::{
+        Layout, Place, Plan, Slot,
+        layout::{Arena, Element},
+    },
 };
 
 /// A model and its optimizer state, laid over a backend's arena.
 #[derive(Debug)]
 pub struct Bound {
     pub model: Transformer,
-    pub states: optim::States,
+    /// All weights and all gradients, flat.
+    pub weights: Tensor,
+    pub grads: Tensor,
+    pub optimizer: OptimizerOffload,
     pub groups: Vec<optim::Group>,
     pub scalars: optim::Scalars,
 }
@@ -47,12 +54,17 @@ impl Binding<'_> {
         let dtype = match region.element {
             Element::Storage => self.storage,
             Element::Wide => self.wide,
+            Element::Bf16 => DType::Bf16,
             Element::Index => DType::I32,
             // Scratch has no type of its own; two bytes an element, as many elements as fit.
             Element::Half | Element::Byte => DType::U16,
         };
         let rows = if region.element == Element::Byte { region.rows / 2 } else { region.rows };
-        Some(Tensor::device(region.offset, dtype, rows, region.cols))
+        let space = match region.arena {
+            Arena::Device => Space::Device,
+            Arena::Host => Space::Host,
+        };
+        Some(Tensor { space, offset: region.offset, dtype, rows, cols: region.cols })
     }
 
     fn tensor(&self, slot: Slot) -> Tensor {
@@ -61,6 +73,34 @@ impl Binding<'_> {
 
     fn pair(&self, a: Slot, b: Slot) -> Option<(Tensor, Tensor)> {
         Some((self.find(a)?, self.find(b)?))
+    }
+
+    /// A run of rows of `cols` elements of which the first may lie in host memory.
+    fn split(&self, host: Slot, device: Slot, cols: u64) -> Option<Split> {
+        let as_rows = |tensor: Tensor| tensor.shaped(tensor.elements() / cols, cols);
+        let (host, device) = (self.find(host).map(as_rows), self.find(device).map(as_rows));
+        let like = host.or(device)?;
+        let none = |space| Tensor { space, offset: 0, rows: 0, ..like };
+        Some(Split { host: host.unwrap_or(none(Space::Host)), device: device.unwrap_or(none(Space::Device)) })
+    }
+
+    fn moments(&self, host: Slot, device: Slot) -> Split {
+        self.split(host, device, 1).unwrap_or_else(|| Split::resident(self.tensor(device)))
+    }
+
+    fn optimizer(&self) -> OptimizerOffload {
+        // The two buffers are the two rows of a region.
+        let buffer = |slot, i| self.find(slot).map(|both| both.rows(i, i + 1).shaped(both.cols, 1));
+        let staged = |i| {
+            let (m, v) = (buffer(Slot::StagedM, i)?, buffer(Slot::StagedV, i)?);
+            Some(Staged { m, v, low: buffer(Slot::StagedLow, i) })
+        };
+        OptimizerOffload {
+            m: self.moments(Slot::HostMomentM, Slot::MomentM),
+            v: self.moments(Slot::HostMomentV, Slot::MomentV),
+            low: self.split(Slot::HostMasterLow, Slot::MasterLow, 1),
+            staged: staged(0).zip(staged(1)).map(<[Staged; 2]>::from),
+        }
     }
 
     /// Wide sums beside gradients that are kept in storage.
@@ -107,7 +147,7 @@ impl Binding<'_> {
     }
 }
 
-/// Lays a model over the arena that `plan` describes. `spill` is the folder for a spill file, if the plan has one.
+/// Lays a model over the arenas that `plan` describes. `spill` is the folder for a spill file, if the plan has one.
 pub fn bind<B: Backend>(b: &B, plan: &Plan, config: &ModelConfig, spill: &Path) -> Result<Bound> {
     let binding = Binding { layout: &plan.layout, storage: b.storage(), wide: b.wide() };
     let eps = config.rms_norm_eps;
@@ -115,7 +155,10 @@ pub fn bind<B: Backend>(b: &B, plan: &Plan, config: &ModelConfig, spill: &Path) 
     let grads_flat = binding.tensor(Slot::Gradients);
     let weights = Params::over(config, weights_flat);
     let slots = match plan.choice.checkpoint_place {
-        Place::Device => Slots::Device(binding.tensor(Slot::Checkpoints)),
+        Place::Memory => {
+            let split = binding.split(Slot::HostCheckpoints, Slot::Checkpoints, config.hidden_size);
+            Slots::Memory(split.unwrap_or_else(|| Split::resident(binding.tensor(Slot::Checkpoints))))
+        }
         Place::Disk => Slots::Disk { file: spill_file(spill)?, slots: plan.choice.checkpoint_slots },
     };
     let scalars = binding.tensor(Slot::Scalars);
@@ -140,16 +183,11 @@ pub fn bind<B: Backend>(b: &B, plan: &Plan, config: &ModelConfig, spill: &Path) 
         labels: binding.tensor(Slot::Labels),
         positions: binding.tensor(Slot::Positions),
         angles: binding.tensor(Slot::Rope),
-    };
-    let states = optim::States {
-        w: weights_flat,
-        low: binding.find(Slot::MasterLow),
-        m: binding.tensor(Slot::MomentM),
-        v: binding.tensor(Slot::MomentV),
-        g: grads_flat,
+        memory_proof: None,
     };
     let scalars = optim::Scalars { sum_squares: scalars.rows(2, 3), scale: scalars.rows(3, 4) };
-    Ok(Bound { model, states, groups, scalars })
+    let optimizer = binding.optimizer();
+    Ok(Bound { model, weights: weights_flat, grads: grads_flat, optimizer, groups, scalars })
 }
 
 /// A file nobody else can reach: its name is gone before the first byte, so it vanishes with the process.

@@ -37,6 +37,7 @@ pub(super) fn data_and_plan(run: &RunSpec, config: &ModelConfig, observer: &mut 
     let request = Request {
         model: config,
         precision: spec.precision,
+        moments: spec.moments,
         tokens: asked,
         micro_batches: u64::from(spec.gradient_accumulation_steps),
         machine: &run.machine,

@@ -7,17 +7,17 @@ use std::path::Path;
 
 use super::{job::Progress, session::Session};
 use crate::{
-    domain::{Invalid, ModelConfig, progress::WrittenCheckpoint},
+    domain::{Invalid, progress::WrittenCheckpoint},
     engine::{
         Error, Result,
-        backend::{Backend, DType, Tensor, cpu::adamw},
+        alst::optimizer_offload::OptimizerOffload,
+        backend::{Backend, DType, Split, Tensor, cpu::adamw},
         checkpoint::{
             huggingface,
             safetensors::{Planned, Weights, write as write_tensors},
             staging::{HashingWriter, Staging},
         },
-        model::{Params, params::Named},
-        optim::States,
+        model::params::Named,
     },
 };
 
@@ -39,8 +39,7 @@ pub fn load_base<B: Backend>(session: &mut Session<B>, folder: &Path) -> Result 
             return Err(Invalid::with_code("invalid_model", "model", message).into());
         }
     }
-    let low = session.states().low;
-    let flat = session.states().w;
+    let (low, flat) = (session.optimizer().low, session.flat_weights());
     for Named { name, shape, tensor } in parameters {
         weights.read(&name, &shape, |first, values| {
             let to = tensor.part(first, values.len() as u64);
@@ -49,7 +48,7 @@ pub fn load_base<B: Backend>(session: &mut Session<B>, folder: &Path) -> Result 
             // The master is the stored weight to its last bit, also where storage rounds it.
             let at = (to.offset - flat.offset) / flat.dtype.bytes();
             let halves: Vec<u8> = values.iter().flat_map(|v| adamw::parts(*v).1.to_le_bytes()).collect();
-            session.backend.upload(low.part(at, values.len() as u64), &halves)
+            upload(&mut session.backend, low.rows(at, at + values.len() as u64), &halves)
         })?;
     }
     Ok(())
@@ -63,37 +62,74 @@ fn encode(values: &[f32], dtype: DType) -> Vec<u8> {
     }
 }
 
-/// Every parameter of a flat tensor by name.
-fn named(flat: Tensor, prefix: &str, config: &ModelConfig) -> Vec<Named> {
-    let mut parameters = Params::over(config, flat).named(config);
-    for parameter in &mut parameters {
-        parameter.name = format!("{prefix}.{}", parameter.name);
-    }
-    parameters
+/// A tensor of a file: its name and shape, and where its elements are, piece by piece.
+struct Stored {
+    name: String,
+    shape: Vec<u64>,
+    pieces: Vec<Tensor>,
 }
 
-/// What is kept beside the weights, by name.
-fn resume_tensors(states: &States, config: &ModelConfig) -> Vec<Named> {
-    let mut tensors = named(states.m, "m", config);
-    tensors.extend(named(states.v, "v", config));
-    tensors.extend(states.low.into_iter().flat_map(|low| named(low, "low", config)));
+impl Stored {
+    fn dtype(&self) -> DType {
+        self.pieces[0].dtype
+    }
+
+    fn elements(&self) -> u64 {
+        self.pieces.iter().map(Tensor::elements).sum()
+    }
+}
+
+impl From<Named> for Stored {
+    fn from(Named { name, shape, tensor }: Named) -> Self {
+        Self { name, shape, pieces: vec![tensor] }
+    }
+}
+
+/// What is kept beside the weights, by the parameter's name: its moments and its masters' low halves.
+fn resume_tensors<B: Backend>(session: &Session<B>) -> Vec<Stored> {
+    let flat = session.flat_weights();
+    let of = |prefix: &'static str, state: Split| {
+        session.weights().into_iter().map(move |Named { name, shape, tensor }| {
+            let first = (tensor.offset - flat.offset) / flat.dtype.bytes();
+            Stored {
+                name: format!("{prefix}.{name}"),
+                shape,
+                pieces: state.rows(first, first + tensor.elements()).collect(),
+            }
+        })
+    };
+    let OptimizerOffload { m, v, low, .. } = *session.optimizer();
+    let mut tensors: Vec<Stored> = of("m", m).chain(of("v", v)).collect();
+    tensors.extend(low.into_iter().flat_map(|low| of("low", low)));
     tensors
 }
 
-fn planned(tensors: &[Named]) -> Vec<Planned> {
-    let plan = |t: &Named| Planned { name: t.name.clone(), dtype: t.tensor.dtype, shape: t.shape.clone() };
+fn planned(tensors: &[Stored]) -> Vec<Planned> {
+    let plan = |t: &Stored| Planned { name: t.name.clone(), dtype: t.dtype(), shape: t.shape.clone() };
     tensors.iter().map(plan).collect()
 }
 
-/// Writes one tensor's elements from the device.
-fn stream<B: Backend>(backend: &mut B, from: Tensor, writer: &mut HashingWriter) -> Result {
-    let n = PIECE_BYTES / from.dtype.bytes();
+/// Copies host bytes into consecutive tensors.
+fn upload<B: Backend>(backend: &mut B, to: impl IntoIterator<Item = Tensor>, mut bytes: &[u8]) -> Result {
+    for piece in to {
+        let (these, rest) = bytes.split_at(piece.bytes() as usize);
+        backend.upload(piece, these)?;
+        bytes = rest;
+    }
+    Ok(())
+}
+
+/// Writes one tensor's elements from where they are.
+fn stream<B: Backend>(backend: &mut B, from: &Stored, writer: &mut HashingWriter) -> Result {
     let mut bytes = Vec::new();
-    for first in (0..from.elements()).step_by(n as usize) {
-        let part = from.part(first, n.min(from.elements() - first));
-        bytes.resize(part.bytes() as usize, 0);
-        backend.download(part, &mut bytes)?;
-        writer.put(&bytes)?;
+    for piece in &from.pieces {
+        let n = PIECE_BYTES / piece.dtype.bytes();
+        for first in (0..piece.elements()).step_by(n as usize) {
+            let part = piece.part(first, n.min(piece.elements() - first));
+            bytes.resize(part.bytes() as usize, 0);
+            backend.download(part, &mut bytes)?;
+            writer.put(&bytes)?;
+        }
     }
     Ok(())
 }
@@ -109,15 +145,15 @@ pub fn write<B: Backend>(
     session.backend.synchronize()?;
     let folder = format!("step-{}", progress.step);
     let mut staging = Staging::begin(parent, &folder)?;
-    let weights = session.weights();
+    let weights: Vec<Stored> = session.weights().into_iter().map(Stored::from).collect();
     let dtype = session.backend.storage();
     huggingface::write_companions(&mut staging, base, dtype)?;
     huggingface::write_weights(&mut staging, &planned(&weights), |writer, i| {
-        stream(&mut session.backend, weights[i].tensor, writer)
+        stream(&mut session.backend, &weights[i], writer)
     })?;
-    let resume = resume_tensors(session.states(), session.config());
+    let resume = resume_tensors(session);
     staging.write("resume/optimizer.safetensors", |writer| {
-        write_tensors(writer, &planned(&resume), |writer, i| stream(&mut session.backend, resume[i].tensor, writer))
+        write_tensors(writer, &planned(&resume), |writer, i| stream(&mut session.backend, &resume[i], writer))
     })?;
     let state = serde_json::json!({ "version": VERSION, "progress": progress });
     staging.write_bytes("resume/progress.json", format!("{state:#}\n").as_bytes())?;
@@ -133,8 +169,9 @@ pub fn resume<B: Backend>(session: &mut Session<B>, folder: &Path) -> Result<Pro
         session.backend.upload(tensor, bytes)?;
     }
     let state = Weights::open_files([folder.join("resume/optimizer.safetensors")])?;
-    for Named { name, tensor, .. } in resume_tensors(session.states(), session.config()) {
-        session.backend.upload(tensor, state.bytes(&name, tensor.dtype, tensor.elements())?)?;
+    for stored in resume_tensors(session) {
+        let bytes = state.bytes(&stored.name, stored.dtype(), stored.elements())?;
+        upload(&mut session.backend, stored.pieces, bytes)?;
     }
     let path = folder.join("resume/progress.json");
     let text = std::fs::read_to_string(&path).map_err(Error::file(&path))?;

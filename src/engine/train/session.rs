@@ -7,8 +7,9 @@ use crate::{
     domain::ModelConfig,
     engine::{
         Error, Result,
+        alst::optimizer_offload::OptimizerOffload,
         backend::{AdamW, Backend, DType, Tensor},
-        model::{Batch, params::Named},
+        model::{Batch, MemoryProof, params::Named},
         optim,
     },
     plan::Plan,
@@ -51,13 +52,15 @@ fn valid_labels(batch: &Batch) -> u64 {
 }
 
 impl<B: Backend> Session<B> {
-    /// Takes the arena that the plan describes and lays the model over it. Weights are whatever the memory held; moments
+    /// Takes the arenas that the plan describes and lays the model over them. Weights are whatever the memory held; moments
     /// are zero.
     pub fn new(mut backend: B, plan: &Plan, config: &ModelConfig, spill: &Path) -> Result<Self> {
-        backend.reserve(plan.layout.bytes, 0)?;
+        backend.reserve(plan.layout.bytes, plan.layout.host_bytes)?;
         let bound = bind(&backend, plan, config, spill)?;
-        backend.fill(bound.states.m, 0.0)?;
-        backend.fill(bound.states.v, 0.0)?;
+        for moment in [bound.optimizer.m, bound.optimizer.v] {
+            backend.fill(moment.host, 0.0)?;
+            backend.fill(moment.device, 0.0)?;
+        }
         Ok(Self { backend, bound })
     }
 
@@ -76,16 +79,27 @@ impl<B: Backend> Session<B> {
         self.bound.model.grads.kept.named(&self.bound.model.config)
     }
 
-    /// Flat weights, moments and low halves: what a resumed run needs back, bit for bit.
-    pub fn states(&self) -> &optim::States {
-        &self.bound.states
+    /// From here on steps prove only that they fit.
+    pub fn prove_memory(&mut self, proof: MemoryProof) {
+        self.bound.model.memory_proof = Some(proof);
+    }
+
+    /// All weights, flat.
+    pub fn flat_weights(&self) -> Tensor {
+        self.bound.weights
+    }
+
+    /// Moments and low halves, a row a parameter: with the weights what a resumed run needs back, bit for bit.
+    pub fn optimizer(&self) -> &OptimizerOffload {
+        &self.bound.optimizer
     }
 
     /// One optimizer step over these sequences: gradients of all of them, clipping, AdamW.
     pub fn step(&mut self, batches: &[Batch], hyper: &AdamW, max_norm: f64) -> Result<Totals> {
         self.gradients(batches)?;
-        let Bound { states, groups, scalars, .. } = &self.bound;
-        optim::update(&mut self.backend, states, groups, *scalars, hyper, max_norm)?;
+        let Bound { weights, grads, optimizer, groups, scalars, .. } = &self.bound;
+        optim::clip(&mut self.backend, *grads, *scalars, max_norm)?;
+        optimizer.update(&mut self.backend, (*weights, *grads), groups, scalars.scale, hyper)?;
         let sum_squares = self.read(self.bound.scalars.sum_squares)?;
         let totals = self.totals(batches)?;
         Ok(Totals { grad_norm: sum_squares[0].sqrt(), ..totals })
@@ -96,7 +110,7 @@ impl<B: Backend> Session<B> {
         // Counted over the whole step before the first sequence: every label weighs the same, whichever sequence has it.
         let valid: u64 = batches.iter().map(valid_labels).sum();
         if self.bound.model.grads.sums.is_none() {
-            self.backend.fill(self.bound.states.g, 0.0)?;
+            self.backend.fill(self.bound.grads, 0.0)?;
         } else {
             assert!(batches.len() < 2, "gradients of several sequences add up in the wide type");
         }

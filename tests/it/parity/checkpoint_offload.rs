@@ -13,9 +13,25 @@ fn any_segment_starts_and_places_are_all_inputs_kept() {
     let base = Forced { chunk_tokens: Some(16), ..plain(n, &config) };
     let all = run(&config, base, &[tokens.batch()]);
     for slots in segments::fewest_slots(config.n_layers)..=config.n_layers {
-        for place in [Place::Device, Place::Disk] {
+        for place in [Place::Memory, Place::Disk] {
             let forced = Forced { checkpoint_slots: Some(slots), place: Some(place), ..base };
             assert_same_bits(&run(&config, forced, &[tokens.batch()]), &all, &format!("{slots} slots, {place:?}"));
+        }
+    }
+}
+
+#[test]
+fn inputs_in_host_memory_are_inputs_on_the_device() {
+    let config = config(false);
+    let tokens = documents(&config);
+    let n = tokens.ids.len() as u64;
+    let base = Forced { chunk_tokens: Some(16), ..plain(n, &config) };
+    let resident = run(&config, base, &[tokens.batch()]);
+    for slots in segments::fewest_slots(config.n_layers)..=config.n_layers {
+        for rows in [1, 16, n + 7, slots * n - 1, slots * n] {
+            let forced = Forced { checkpoint_slots: Some(slots), checkpoint_host_rows: Some(rows), ..base };
+            let what = format!("{slots} slots, {rows} rows in host memory");
+            assert_same_bits(&run(&config, forced, &[tokens.batch()]), &resident, &what);
         }
     }
 }

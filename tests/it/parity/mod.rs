@@ -4,6 +4,7 @@
 mod checkpoint_offload;
 mod chunks;
 mod gradients;
+mod optimizer_offload;
 mod tiled_loss;
 mod tiled_mlp;
 
@@ -19,14 +20,13 @@ fn plain(tokens: u64, config: &ModelConfig) -> Forced {
     Forced {
         chunk_tokens: Some(tokens),
         checkpoint_slots: Some(config.n_layers),
-        place: Some(longhaul::plan::Place::Device),
+        place: Some(longhaul::plan::Place::Memory),
         kept_attention_layers: Some(0),
         kept_qkv_layers: Some(0),
         kept_gate_up_layers: Some(0),
         mlp_tile_rows: Some(tokens),
         loss_tile_rows: Some(tokens),
-        gradients: None,
-        widths: None,
+        ..Forced::default()
     }
 }
 

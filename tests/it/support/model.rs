@@ -7,7 +7,7 @@ use longhaul::{
         Machine, ModelConfig,
         machine::{DeviceKind, Rates},
         model::{Rope, RopeScaling},
-        training::Precision,
+        training::{Moments, Precision},
     },
     engine::{
         backend::{Backend, DType, Tensor, cpu::Cpu},
@@ -58,8 +58,8 @@ pub fn config(tied: bool) -> ModelConfig {
 pub fn plan_f64(config: &ModelConfig, tokens: u64, forced: Forced) -> Plan {
     let forced = Forced { widths: Some(Widths { storage: 8, wide: 8 }), ..forced };
     let machine = machine(1 << 32);
-    let request =
-        plan::Request { model: config, precision: Precision::F32, tokens, micro_batches: 2, machine: &machine, forced };
+    let (precision, moments, machine) = (Precision::F32, Moments::F32, &machine);
+    let request = plan::Request { model: config, precision, moments, tokens, micro_batches: 2, machine, forced };
     plan::plan(&request).expect("a small model fits")
 }
 

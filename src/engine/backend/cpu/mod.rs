@@ -12,7 +12,6 @@ mod elementwise;
 mod embedding;
 mod gemm;
 mod linear;
-mod memory;
 mod norm;
 mod rope;
 mod simd;
@@ -30,6 +29,7 @@ use self::{
 use super::{
     AdamW, AttentionGrads, AttentionSaved, Backend, DType, Heads, OptimizerState, Space, Stream, Tensor, Window,
     arena::{Arena, elements},
+    resident,
 };
 use crate::engine::{Error, Result};
 
@@ -109,7 +109,7 @@ where
     }
 
     fn reserve(&mut self, device_bytes: u64, host_bytes: u64) -> Result {
-        self.resident_before = memory::resident_bytes();
+        self.resident_before = resident::resident_bytes();
         let take = |bytes| {
             let lacking = || Error::OutOfMemory { space: "host", bytes, cause: "the system refused it".into() };
             Arena::reserve(bytes).ok_or_else(lacking)
@@ -171,25 +171,38 @@ where
     }
 
     fn peak_bytes(&self) -> u64 {
-        memory::peak_resident_bytes().saturating_sub(self.resident_before)
+        resident::peak_resident_bytes().saturating_sub(self.resident_before)
+    }
+
+    fn peak_host_bytes(&self) -> u64 {
+        self.peak_bytes()
     }
 
     fn touched_bytes(&self) -> u64 {
-        memory::resident_bytes_of(self.device.address())
+        resident::resident_bytes_of(self.device.address())
     }
 
     fn attention_workspace(&self, _: Heads, _: u64, _: u64) -> u64 {
         0
     }
 
+    fn prepare_attention(&mut self, _: Heads, _: &Window) -> Result {
+        Ok(())
+    }
+
     fn fill(&mut self, x: Tensor, value: f64) -> Result {
-        self.run([x], |[bytes]| match x.dtype {
+        let [bytes] = match x.space {
+            Space::Device => self.device.bytes([x]),
+            Space::Host => self.host.bytes([x]),
+        };
+        self.pool.install(|| match x.dtype {
             DType::F32 => fill(elements::<f32>(bytes), value as f32),
             DType::F64 => fill(elements::<f64>(bytes), value),
             DType::Bf16 => fill(elements::<bf16>(bytes), bf16::from_f64(value)),
             DType::I32 => fill(elements::<i32>(bytes), value as i32),
             DType::U16 => fill(elements::<u16>(bytes), value as u16),
-        })
+        });
+        Ok(())
     }
 
     fn cast(&mut self, to: Tensor, from: Tensor) -> Result {

@@ -1,4 +1,11 @@
-//! Attention of `trait Backend` on CUDA: a call for each document fragment and kv head, gradients added up in f32.
+//! Attention of `trait Backend` on CUDA: library calls for each document fragment and some kv heads, gradients added up in
+//! f32.
+//!
+//! Forward is one causal call a fragment. Backward takes the keys before the fragment's own in blocks, which all its queries
+//! see, and then its own, causally: the library's causal backward computes every pair of a rectangle, also those behind the
+//! mask, and is best at squares. So neither the shapes that need a plan nor the workspace grow with the sequence.
+
+use std::ops::Range;
 
 use super::{
     super::{AttentionGrads, AttentionSaved, DType, Heads, Tensor, Window},
@@ -13,16 +20,22 @@ use crate::engine::Result;
 
 /// (heads of a call) x (keys) x (head size) stays at or below this: past it cuDNN 9.19 writes wrong gradients and says nothing.
 const MOST_ELEMENTS: u64 = 1 << 31;
+/// (query heads) x (keys) that one call of forward or backward takes, as long as it takes one kv head's group at least: fewer
+/// leave multiprocessors idle at the end of a call, more save nothing.
+const FORWARD_HEAD_KEYS: u64 = 1 << 20;
+const BACKWARD_HEAD_KEYS: u64 = 1 << 19;
+/// Keys of a block of backward: enough that reading queries anew for each does not count.
+const BLOCK_KEYS: u64 = 1 << 16;
 /// What cuDNN's workspace for a backward call may need beyond the bf16 gradients of every query head.
 const LIBRARY_SLACK_BYTES: u64 = 1 << 20;
 /// Elements that one thread of attention_accumulate adds, and threads of its block.
 const ACCUMULATED: (u64, u32) = (8, 256);
 
-/// One call: query heads that share a kv head, rows of the chunk, keys of one document.
+/// One call: whole groups of some kv heads or a part of one group, rows of the chunk, keys of one document.
 #[derive(Debug, Clone, Copy)]
 struct Call {
     shape: Shape,
-    /// First query head and the kv head they share.
+    /// First query head and first kv head.
     head: u64,
     kv_head: u64,
     /// First row of the chunk, first key of the sequence.
@@ -30,61 +43,114 @@ struct Call {
     key: u64,
 }
 
-/// The calls of a window, fragment by fragment.
-fn calls(heads: Heads, window: &Window) -> Vec<Call> {
-    let chunk = &window.chunk;
+/// How many kv heads a call takes, and how many query heads of each.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Together {
+    kv_heads: u64,
+    heads: u64,
+}
+
+impl Together {
+    /// As many as `head_keys` allows against so many keys.
+    fn of(heads: Heads, keys: u64, head_keys: u64) -> Self {
+        let Heads { n_heads, n_kv_heads, head_dim } = heads;
+        let group = n_heads / n_kv_heads;
+        let most = |of: u64, fits: &dyn Fn(u64) -> bool| (1..=of).rev().find(|n| of.is_multiple_of(*n) && fits(*n));
+        let in_group = most(group, &|n| n * keys * head_dim <= MOST_ELEMENTS).unwrap_or(1);
+        let kv_heads = most(n_kv_heads, &|n| in_group == group && n * group * keys <= head_keys).unwrap_or(1);
+        Self { kv_heads, heads: in_group }
+    }
+}
+
+/// Queries of a chunk and keys of the sequence that one set of calls computes.
+struct Piece {
+    queries: Range<u64>,
+    keys: Range<u64>,
+    causal: bool,
+}
+
+/// The pieces of a window's document fragments: each fragment's queries against all its keys.
+fn forward_pieces(window: &Window) -> Vec<Piece> {
+    let fragment = |document: &Range<u64>| {
+        let queries = document.start.max(window.chunk.start)..document.end.min(window.chunk.end);
+        let keys = document.start..queries.end;
+        (!queries.is_empty()).then_some(Piece { queries, keys, causal: true })
+    };
+    window.documents.iter().filter_map(fragment).collect()
+}
+
+/// The same, keys in blocks: those before the fragment, and its own.
+fn backward_pieces(window: &Window) -> Vec<Piece> {
+    let mut pieces = Vec::new();
+    for Piece { queries, keys, .. } in forward_pieces(window) {
+        for block in (keys.start..queries.start).step_by(BLOCK_KEYS as usize) {
+            let keys = block..queries.start.min(block + BLOCK_KEYS);
+            pieces.push(Piece { queries: queries.clone(), keys, causal: false });
+        }
+        pieces.push(Piece { keys: queries.clone(), queries, causal: true });
+    }
+    pieces
+}
+
+/// The calls of these pieces.
+fn calls(heads: Heads, chunk: &Range<u64>, pieces: &[Piece], head_keys: u64) -> Vec<Call> {
     let group = heads.n_heads / heads.n_kv_heads;
     let mut calls = Vec::new();
-    for document in window.documents {
-        let (start, end) = (document.start.max(chunk.start), document.end.min(chunk.end));
-        if start >= end {
-            continue;
-        }
-        let keys = end - document.start;
-        let together = (1..=group)
-            .rev()
-            .find(|n| group.is_multiple_of(*n) && n * keys * heads.head_dim <= MOST_ELEMENTS)
-            .unwrap_or(1);
-        for head in (0..heads.n_heads).step_by(together as usize) {
-            let shape = Shape {
-                heads: together as i64,
-                head_dim: heads.head_dim as i64,
-                queries: (end - start) as i64,
-                keys: keys as i64,
-                q_stride: (heads.n_heads * heads.head_dim) as i64,
-                kv_stride: (heads.n_kv_heads * heads.head_dim) as i64,
-                stats_stride: (chunk.end - chunk.start) as i64,
-            };
-            calls.push(Call { shape, head, kv_head: head / group, row: start - chunk.start, key: document.start });
-        }
+    for Piece { queries, keys, causal } in pieces {
+        let together = Together::of(heads, keys.end - keys.start, head_keys);
+        let shape = Shape {
+            causal: *causal,
+            kv_heads: together.kv_heads as i64,
+            heads: together.heads as i64,
+            head_dim: heads.head_dim as i64,
+            queries: (queries.end - queries.start) as i64,
+            keys: (keys.end - keys.start) as i64,
+            q_stride: (heads.n_heads * heads.head_dim) as i64,
+            kv_stride: (heads.n_kv_heads * heads.head_dim) as i64,
+            stats_stride: (chunk.end - chunk.start) as i64,
+        };
+        let (row, key) = (queries.start - chunk.start, keys.start);
+        let all = (0..heads.n_heads).step_by((together.kv_heads * together.heads) as usize);
+        calls.extend(all.map(|head| Call { shape, head, kv_head: head / group, row, key }));
     }
     calls
 }
 
-/// Regions of the workspace of a backward call: bytes from its start.
+/// The workspace of backward: sums of dq in f32, then one call's dk, dv and dq, the library's f32 sums of dq, and its own
+/// workspace. Offsets in bytes; the sums come first.
 #[derive(Debug, Clone, Copy)]
 struct Regions {
+    dk: u64,
     dv: u64,
+    dq: u64,
     dq_sums: u64,
     library: u64,
     end: u64,
 }
 
 impl Regions {
-    /// For so many heads in a call. dk comes first.
-    fn of(heads: u64, head_dim: u64, queries: u64, keys: u64) -> Self {
-        let gradients = (keys * head_dim * 2).next_multiple_of(256);
-        let dq_sums = 2 * gradients;
-        let library = dq_sums + (heads * queries * head_dim * 4).next_multiple_of(256);
-        // Of every query head a dk and a dv, when there is more than one.
-        let by_head = if heads > 1 { 2 * heads * keys * head_dim * 2 } else { 0 };
-        Self { dv: gradients, dq_sums, library, end: library + by_head + LIBRARY_SLACK_BYTES }
+    /// For chunks of up to `c` queries against up to `keys` keys.
+    fn of(heads: Heads, c: u64, keys: u64) -> Self {
+        let Heads { n_heads, n_kv_heads, head_dim } = heads;
+        let group = n_heads / n_kv_heads;
+        let align = |bytes: u64| bytes.next_multiple_of(256);
+        let block = keys.min(BLOCK_KEYS.max(c));
+        let head_keys = (n_heads * block).min(BACKWARD_HEAD_KEYS.max(group * block));
+        let gradients = align(head_keys.div_ceil(group) * head_dim * 2);
+        let queries = c * n_heads * head_dim;
+        let dk = align(queries * 4);
+        let (dv, dq) = (dk + gradients, dk + 2 * gradients);
+        let dq_sums = dq + align(queries * 2);
+        let library = dq_sums + align(queries * 4);
+        // Of every query head a dk and a dv, when a group has more than one.
+        let by_head = if group > 1 { 2 * align(head_keys * head_dim * 2) } else { 0 };
+        Self { dk, dv, dq, dq_sums, library, end: library + by_head + LIBRARY_SLACK_BYTES }
     }
 }
 
-/// `Backend::attention_workspace`: bf16 gradients of one kv head's keys, f32 sums of dq, and cuDNN's own.
+/// `Backend::attention_workspace`.
 pub fn workspace_bytes(heads: Heads, c: u64, kv: u64) -> u64 {
-    Regions::of(heads.n_heads / heads.n_kv_heads, heads.head_dim, c, kv).end
+    Regions::of(heads, c, kv).end
 }
 
 impl Cuda {
@@ -110,6 +176,18 @@ impl Cuda {
         ]
     }
 
+    /// `Backend::prepare_attention`.
+    pub fn prepare_attention(&mut self, heads: Heads, window: &Window) -> Result {
+        let forward = calls(heads, &window.chunk, &forward_pieces(window), FORWARD_HEAD_KEYS);
+        let backward = calls(heads, &window.chunk, &backward_pieces(window), BACKWARD_HEAD_KEYS);
+        for (pass, calls) in [(Pass::Forward, forward), (Pass::Backward, backward)] {
+            for call in calls {
+                self.attention.workspace_bytes(pass, call.shape)?;
+            }
+        }
+        Ok(())
+    }
+
     /// `Backend::attention`.
     ///
     /// # Panics
@@ -125,7 +203,7 @@ impl Cuda {
         heads: Heads,
         window: &Window,
     ) -> Result {
-        for call in calls(heads, window) {
+        for call in calls(heads, &window.chunk, &forward_pieces(window), FORWARD_HEAD_KEYS) {
             let tensors = self.operands(call, heads, (q, k, v, o, lse));
             let bytes = self.attention.workspace_bytes(Pass::Forward, call.shape)?;
             assert!(bytes <= workspace.bytes(), "cuDNN wants {bytes} bytes of workspace for {:?}", call.shape);
@@ -149,39 +227,40 @@ impl Cuda {
         let AttentionGrads { dq, dk, dv, delta } = grads;
         let AttentionSaved { d_o, o, lse, q, k, v } = saved;
         let d = heads.head_dim;
+        let regions = Regions::of(heads, dq.rows, k.rows);
         let start = self.device.address(workspace);
-        for call in calls(heads, window) {
-            let shape = call.shape;
-            let regions = Regions::of(shape.heads as u64, d, shape.queries as u64, shape.keys as u64);
+        let dq_wide = Tensor { offset: workspace.offset, dtype: DType::F32, ..dq };
+        self.device.fill_bytes(dq_wide, 0)?;
+        for call in calls(heads, &window.chunk, &backward_pieces(window), BACKWARD_HEAD_KEYS) {
+            let Call { shape, head, kv_head, row, key } = call;
             let bytes = regions.library + self.attention.workspace_bytes(Pass::Backward, shape)?;
             assert!(bytes <= workspace.bytes(), "cuDNN wants {bytes} bytes of workspace for {shape:?}");
-            let (dk_part, dv_part) = (start, start + regions.dv);
             let mut tensors = self.operands(call, heads, (q, k, v, o, lse)).to_vec();
             tensors.extend([
-                self.element(d_o, call.row, call.head * d),
-                self.element(dq, call.row, call.head * d),
-                dk_part,
-                dv_part,
-                self.element(delta, call.head, call.row),
+                self.element(d_o, row, head * d),
+                start + regions.dq,
+                start + regions.dk,
+                start + regions.dv,
+                self.element(delta, head, row),
                 start + regions.dq_sums,
             ]);
             self.attention.run(Pass::Backward, shape, &tensors, start + regions.library)?;
-            for (to, part) in [(dk, dk_part), (dv, dv_part)] {
-                self.accumulate_keys(to, part, call, d)?;
-            }
+            let (keys, columns) = (shape.keys as u64, shape.kv_heads as u64 * d);
+            self.add_part((dk, key, kv_head * d), start + regions.dk, keys, columns)?;
+            self.add_part((dv, key, kv_head * d), start + regions.dv, keys, columns)?;
+            let columns = columns * shape.heads as u64;
+            self.add_part((dq_wide, row, head * d), start + regions.dq, shape.queries as u64, columns)?;
         }
-        Ok(())
+        self.cast(dq, dq_wide)
     }
 
-    /// Adds a call's gradient of k or v (bf16, packed, at `part`) to its kv head's columns of `to` (f32).
-    fn accumulate_keys(&self, to: Tensor, part: u64, call: Call, d: u64) -> Result {
-        assert_eq!(to.dtype, DType::F32, "gradients of k and v are wide");
-        let keys = call.shape.keys as u64;
+    /// Adds a call's gradient (bf16 `[rows, columns]`, packed, at `part`) to `to` (f32) from this row and column on.
+    fn add_part(&self, (to, row, column): (Tensor, u64, u64), part: u64, rows: u64, columns: u64) -> Result {
+        assert_eq!(to.dtype, DType::F32, "gradients are added up wide");
         let (each, threads) = ACCUMULATED;
-        let grid = Grid { blocks: (keys * d).div_ceil(each * u64::from(threads)), threads, shared_bytes: 0 };
-        let to_address = self.element(to, call.key, call.kv_head * d);
-        let counts = [Count(keys as i64), Count(d as i64), Count(to.cols as i64)];
-        let arguments = [Pointer(to_address), Pointer(part), counts[0], counts[1], counts[2]];
+        let grid = Grid { blocks: (rows * columns).div_ceil(each * u64::from(threads)), threads, shared_bytes: 0 };
+        let counts = [rows, columns, to.cols].map(|count| Count(count as i64));
+        let arguments = [Pointer(self.element(to, row, column)), Pointer(part), counts[0], counts[1], counts[2]];
         self.kernels.launch(&self.device, "attention_accumulate", grid, &arguments)
     }
 }

@@ -4,7 +4,7 @@
     reason = "device memory is addressed by number: the driver's copies and fills take raw addresses"
 )]
 
-use std::{ffi::c_void, sync::Arc};
+use std::sync::Arc;
 
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaStream,
@@ -15,6 +15,7 @@ use cudarc::driver::{
 use super::{
     super::{Space, Stream, Tensor},
     driver,
+    pinned::Pinned,
 };
 use crate::engine::{Error, Result};
 
@@ -35,6 +36,8 @@ pub struct Device {
     comm: Arc<CudaStream>,
     memory: Block,
     host: Block,
+    /// Keeps the memory of `host`.
+    pinned: Option<Pinned>,
     /// Free bytes of the card before the arenas were taken.
     free_before: u64,
     multiprocessors: u64,
@@ -56,7 +59,7 @@ impl Device {
         let multiprocessors = context.attribute(attribute).map_err(driver("count multiprocessors"))? as u64;
         let (compute, down, up, comm) = (stream()?, stream()?, stream()?, stream()?);
         let (memory, host) = (Block::default(), Block::default());
-        Ok(Self { context, compute, down, up, comm, memory, host, free_before: free_bytes(), multiprocessors })
+        Ok(Self { context, compute, down, up, comm, memory, host, pinned: None, free_before: free_bytes(), multiprocessors })
     }
 
     /// Takes the arenas, once: `bytes` of the card's memory and `host_bytes` of pinned host memory. Content is undefined.
@@ -67,20 +70,17 @@ impl Device {
         assert!(self.memory.bytes == 0 && self.host.bytes == 0, "arenas are taken once");
         self.bind()?;
         self.free_before = free_bytes();
-        let lacking = |space, bytes| {
-            move |error: cudarc::driver::DriverError| {
-                let cause = format!("{error}, {} bytes of device memory are free", free_bytes());
-                Error::OutOfMemory { space, bytes, cause }
-            }
+        let lacking = |error: cudarc::driver::DriverError| {
+            let cause = format!("{error}, {} bytes of device memory are free", free_bytes());
+            Error::OutOfMemory { space: "device", bytes, cause }
         };
         // SAFETY: an allocation of its own, freed in `drop` by the context that is current here.
-        let start = unsafe { result::malloc_sync(bytes as usize) }.map_err(lacking("device", bytes))?;
+        let start = unsafe { result::malloc_sync(bytes as usize) }.map_err(lacking)?;
         self.memory = Block { start, bytes };
         if host_bytes > 0 {
-            // SAFETY: as above. Portable, not write-combined: the host reads it too.
-            let start = unsafe { result::malloc_host(host_bytes as usize, sys::CU_MEMHOSTALLOC_PORTABLE) };
-            let start = start.map_err(lacking("pinned host", host_bytes))?.expose_provenance() as u64;
-            self.host = Block { start, bytes: host_bytes };
+            let pinned = Pinned::take(host_bytes)?;
+            self.host = Block { start: pinned.address(), bytes: host_bytes };
+            self.pinned = Some(pinned);
         }
         Ok(())
     }
@@ -242,15 +242,12 @@ impl Drop for Device {
         if self.synchronize().is_err() || self.bind().is_err() {
             return;
         }
+        // While the context that registered it is here.
+        self.pinned = None;
         // At the end of a process there is nobody left to tell; the driver takes the memory back in any case.
         if self.memory.bytes > 0 {
             // SAFETY: allocated in `reserve` and freed nowhere else; no stream has anything left that reads it.
             let _ = unsafe { result::free_sync(self.memory.start) };
-        }
-        if self.host.bytes > 0 {
-            let start = std::ptr::with_exposed_provenance_mut::<c_void>(self.host.start as usize);
-            // SAFETY: as above.
-            let _ = unsafe { result::free_host(start) };
         }
     }
 }

@@ -15,6 +15,8 @@ mod libraries;
 mod linear;
 mod operations;
 mod optimizer;
+mod pinned;
+mod profile;
 mod rope;
 
 use std::{
@@ -25,9 +27,15 @@ use std::{
 
 use cudarc::driver::CudaEvent;
 
-pub use self::{attention::workspace_bytes as attention_workspace_bytes, device::Device};
-use self::{cudnn::Attention, gemm::Gemm, kernels::Kernels};
-use super::{AdamW, AttentionGrads, AttentionSaved, Backend, DType, Heads, OptimizerState, Stream, Tensor, Window};
+pub use self::{
+    attention::workspace_bytes as attention_workspace_bytes,
+    device::Device,
+    profile::{Part, Profiled},
+};
+use self::{cudnn::Attention, gemm::Gemm, kernels::Kernels, profile::Profile};
+use super::{
+    AdamW, AttentionGrads, AttentionSaved, Backend, DType, Heads, OptimizerState, Stream, Tensor, Window, resident,
+};
 use crate::engine::{Error, Result};
 
 /// One GPU, its kernels and the plans that its libraries made.
@@ -41,6 +49,7 @@ pub struct Cuda {
     scratch: u64,
     /// The scratch by its place in the arena.
     scratch_offset: u64,
+    profile: Profile,
 }
 
 /// Device memory that the operations themselves need beyond their tensors: partial sums, losses of a logits tile's rows,
@@ -61,7 +70,7 @@ impl Cuda {
         let device = Device::open(ordinal)?;
         let kernels = Kernels::load(&device)?;
         let (attention, gemm) = (Attention::new(&device)?, Gemm::new()?);
-        Ok(Self { device, kernels, attention, gemm, scratch: 0, scratch_offset: 0 })
+        Ok(Self { device, kernels, attention, gemm, scratch: 0, scratch_offset: 0, profile: Profile::default() })
     }
 
     /// Version of cuDNN as it says itself: 91900 is 9.19.0.
@@ -117,7 +126,10 @@ impl Backend for Cuda {
     }
 
     fn copy(&mut self, stream: Stream, to: Tensor, from: Tensor) -> Result {
-        self.device.copy(stream, to, from)
+        match stream {
+            Stream::Compute => self.marked(Part::Move, |cuda| cuda.device.copy(stream, to, from)),
+            _ => self.device.copy(stream, to, from),
+        }
     }
 
     /// Blocks: the planner does not choose disk while pinned memory will do.
@@ -147,7 +159,10 @@ impl Backend for Cuda {
     }
 
     fn wait(&mut self, stream: Stream, event: &CudaEvent) -> Result {
-        self.device.wait(stream, event)
+        match stream {
+            Stream::Compute => self.marked(Part::Wait, |cuda| cuda.device.wait(stream, event)),
+            _ => self.device.wait(stream, event),
+        }
     }
 
     fn synchronize(&mut self) -> Result {
@@ -156,6 +171,10 @@ impl Backend for Cuda {
 
     fn peak_bytes(&self) -> u64 {
         self.device.taken_bytes()
+    }
+
+    fn peak_host_bytes(&self) -> u64 {
+        resident::peak_resident_bytes()
     }
 
     fn touched_bytes(&self) -> u64 {
@@ -167,56 +186,60 @@ impl Backend for Cuda {
         attention_workspace_bytes(heads, c, kv)
     }
 
+    fn prepare_attention(&mut self, heads: Heads, window: &Window) -> Result {
+        self.prepare_attention(heads, window)
+    }
+
     fn fill(&mut self, x: Tensor, value: f64) -> Result {
-        self.fill(x, value)
+        self.marked(Part::Move, |cuda| cuda.fill(x, value))
     }
 
     fn cast(&mut self, to: Tensor, from: Tensor) -> Result {
-        self.cast(to, from)
+        self.marked(Part::Move, |cuda| cuda.cast(to, from))
     }
 
     fn accumulate(&mut self, to: Tensor, from: Tensor) -> Result {
-        self.accumulate(to, from)
+        self.marked(Part::Move, |cuda| cuda.accumulate(to, from))
     }
 
     fn sum_squares(&mut self, sum: Tensor, x: Tensor) -> Result {
-        self.sum_squares(sum, x)
+        self.marked(Part::Optimizer, |cuda| cuda.sum_squares(sum, x))
     }
 
     fn clip_scale(&mut self, scale: Tensor, sum: Tensor, max_norm: f64) -> Result {
-        self.clip_scale(scale, sum, max_norm)
+        self.marked(Part::Optimizer, |cuda| cuda.clip_scale(scale, sum, max_norm))
     }
 
     fn matmul(&mut self, y: Tensor, x: Tensor, w: Tensor, beta: f64) -> Result {
-        self.matmul(y, x, w, beta)
+        self.marked(Part::MatmulForward, |cuda| cuda.matmul(y, x, w, beta))
     }
 
     fn matmul_dx(&mut self, dx: Tensor, dy: Tensor, w: Tensor, beta: f64) -> Result {
-        self.matmul_dx(dx, dy, w, beta)
+        self.marked(Part::MatmulDx, |cuda| cuda.matmul_dx(dx, dy, w, beta))
     }
 
     fn matmul_dw(&mut self, dw: Tensor, dy: Tensor, x: Tensor) -> Result {
-        self.matmul_dw(dw, dy, x)
+        self.marked(Part::MatmulDw, |cuda| cuda.matmul_dw(dw, dy, x))
     }
 
     fn embedding(&mut self, x: Tensor, ids: Tensor, table: Tensor) -> Result {
-        self.embedding(x, ids, table)
+        self.marked(Part::Embedding, |cuda| cuda.embedding(x, ids, table))
     }
 
     fn embedding_backward(&mut self, dtable: Tensor, ids: Tensor, dx: Tensor) -> Result {
-        self.embedding_backward(dtable, ids, dx)
+        self.marked(Part::Embedding, |cuda| cuda.embedding_backward(dtable, ids, dx))
     }
 
     fn rmsnorm(&mut self, y: Tensor, x: Tensor, w: Tensor, eps: f64) -> Result {
-        self.rmsnorm(y, x, w, eps)
+        self.marked(Part::Norm, |cuda| cuda.rmsnorm(y, x, w, eps))
     }
 
     fn rmsnorm_backward(&mut self, dx: Tensor, dw: Tensor, dy: Tensor, x: Tensor, w: Tensor, eps: f64) -> Result {
-        self.rmsnorm_backward(dx, dw, dy, x, w, eps)
+        self.marked(Part::Norm, |cuda| cuda.rmsnorm_backward(dx, dw, dy, x, w, eps))
     }
 
     fn rope_table(&mut self, table: Tensor, positions: Tensor, frequencies: &[f64]) -> Result {
-        self.rope_table(table, positions, frequencies)
+        self.marked(Part::Rope, |cuda| cuda.rope_table(table, positions, frequencies))
     }
 
     fn rope_split(
@@ -227,7 +250,7 @@ impl Backend for Cuda {
         table: Tensor,
         heads: Heads,
     ) -> Result {
-        self.rope_split(q, kv, qkv, table, heads)
+        self.marked(Part::Rope, |cuda| cuda.rope_split(q, kv, qkv, table, heads))
     }
 
     fn rope_merge_backward(
@@ -239,7 +262,7 @@ impl Backend for Cuda {
         table: Tensor,
         heads: Heads,
     ) -> Result {
-        self.rope_merge_backward(dqkv, dq, dk, dv, table, heads)
+        self.marked(Part::Rope, |cuda| cuda.rope_merge_backward(dqkv, dq, dk, dv, table, heads))
     }
 
     fn attention(
@@ -253,7 +276,7 @@ impl Backend for Cuda {
         heads: Heads,
         window: &Window,
     ) -> Result {
-        self.attention(o, lse, q, k, v, workspace, heads, window)
+        self.marked(Part::AttentionForward, |cuda| cuda.attention(o, lse, q, k, v, workspace, heads, window))
     }
 
     fn attention_backward(
@@ -264,22 +287,22 @@ impl Backend for Cuda {
         heads: Heads,
         window: &Window,
     ) -> Result {
-        self.attention_backward(grads, saved, workspace, heads, window)
+        self.marked(Part::AttentionBackward, |cuda| cuda.attention_backward(grads, saved, workspace, heads, window))
     }
 
     fn swiglu(&mut self, act: Tensor, gate_up: Tensor) -> Result {
-        self.swiglu(act, gate_up)
+        self.marked(Part::Swiglu, |cuda| cuda.swiglu(act, gate_up))
     }
 
     fn swiglu_backward(&mut self, gate_up: Tensor, dact: Tensor) -> Result {
-        self.swiglu_backward(gate_up, dact)
+        self.marked(Part::Swiglu, |cuda| cuda.swiglu_backward(gate_up, dact))
     }
 
     fn cross_entropy(&mut self, sums: Tensor, logits: Tensor, labels: Tensor, gradient: Option<f64>) -> Result {
-        self.cross_entropy(sums, logits, labels, gradient)
+        self.marked(Part::CrossEntropy, |cuda| cuda.cross_entropy(sums, logits, labels, gradient))
     }
 
     fn adamw(&mut self, state: OptimizerState, g: Tensor, scale: Tensor, hyper: &AdamW) -> Result {
-        self.adamw(state, g, scale, hyper)
+        self.marked(Part::Optimizer, |cuda| cuda.adamw(state, g, scale, hyper))
     }
 }

@@ -1,8 +1,10 @@
-//! The two graphs of causal attention: queries of some heads that share one kv head, against a prefix of keys.
+//! The two graphs of attention: queries of some kv heads' groups against keys. A kv head is a batch entry to the library, so
+//! that all of them, one, or a part of one's group make one call.
 //!
-//! Query i of `queries` is position `keys - queries + i`, so the mask starts at the bottom right. The library knows these
-//! exact sequences of operations and runs each as one kernel (FlashAttention-2, arXiv 2307.08691); another order of the same
-//! mathematics may be refused or slower. q, o and their gradients are columns of matrices with all heads, k and v likewise.
+//! In a causal call query i of `queries` is position `keys - queries + i`, so the mask starts at the bottom right. The library
+//! knows these exact sequences of operations and runs each as one kernel (FlashAttention-2, arXiv 2307.08691); another order
+//! of the same mathematics may be refused or slower. q, o and their gradients are columns of matrices with all heads, k and v
+//! likewise.
 
 use cudarc::cudnn::sys::{cudnnPointwiseMode_t as Pointwise, cudnnReduceTensorOp_t as Reduction};
 
@@ -19,13 +21,14 @@ const O: i64 = 4;
 /// Log-sum-exps `[heads, queries]` f32, rows `stats_stride` apart.
 const STATS: i64 = 5;
 const D_O: i64 = 6;
+/// `[queries, kv_heads heads d]` bf16, packed.
 const DQ: i64 = 7;
-/// Gradients of k and v `[keys, d]` bf16, packed.
+/// Gradients of k and v `[keys, kv_heads d]` bf16, packed.
 const DK: i64 = 8;
 const DV: i64 = 9;
 /// Row sums of do * o, laid out as STATS.
 const DELTA: i64 = 10;
-/// f32 `[heads, queries, d]` that dq is summed in.
+/// f32 `[kv_heads, heads, queries, d]` that dq is summed in.
 const DQ_SUMS: i64 = 11;
 
 /// Tensors of a forward call, in order.
@@ -36,12 +39,15 @@ pub(crate) const BACKWARD: [i64; 11] = [Q, K, V, O, STATS, D_O, DQ, DK, DV, DELT
 /// Sizes of a call, strides in elements.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Shape {
-    /// Query heads of the call, all of one kv head.
+    /// Keys end where the queries do, and a query sees none after itself; otherwise every query sees every key.
+    pub(crate) causal: bool,
+    pub(crate) kv_heads: i64,
+    /// Query heads of each kv head of the call.
     pub(crate) heads: i64,
     pub(crate) head_dim: i64,
     pub(crate) queries: i64,
     pub(crate) keys: i64,
-    /// Between rows of q, o, dq and do.
+    /// Between rows of q, o and do.
     pub(crate) q_stride: i64,
     /// Between rows of k and v.
     pub(crate) kv_stride: i64,
@@ -55,31 +61,44 @@ impl Shape {
     }
 
     fn query_rows(&self) -> Layout {
-        let Self { heads, head_dim: d, queries, q_stride, .. } = *self;
-        Layout { dtype: BF16, dims: [1, heads, queries, d], strides: [queries * q_stride, d, q_stride, 1] }
+        let Self { kv_heads, heads, head_dim: d, queries, q_stride, .. } = *self;
+        Layout { dtype: BF16, dims: [kv_heads, heads, queries, d], strides: [heads * d, d, q_stride, 1] }
+    }
+
+    fn query_gradients(&self) -> Layout {
+        Self { q_stride: self.kv_heads * self.heads * self.head_dim, ..*self }.query_rows()
     }
 
     fn key_rows(&self) -> Layout {
-        let Self { head_dim: d, keys, kv_stride, .. } = *self;
-        Layout { dtype: BF16, dims: [1, 1, keys, d], strides: [keys * kv_stride, d, kv_stride, 1] }
+        let Self { kv_heads, head_dim: d, keys, kv_stride, .. } = *self;
+        Layout { dtype: BF16, dims: [kv_heads, 1, keys, d], strides: [d, d, kv_stride, 1] }
     }
 
     fn key_gradients(&self) -> Layout {
-        Layout::packed(BF16, [1, 1, self.keys, self.head_dim])
+        Self { kv_stride: self.kv_heads * self.head_dim, ..*self }.key_rows()
     }
 
     fn scores(&self) -> Layout {
-        Layout::packed(F32, [1, self.heads, self.queries, self.keys])
+        Layout::packed(F32, [self.kv_heads, self.heads, self.queries, self.keys])
     }
 
     fn statistics(&self) -> Layout {
-        let Self { heads, queries, stats_stride, .. } = *self;
-        Layout { dtype: F32, dims: [1, heads, queries, 1], strides: [heads * stats_stride, stats_stride, 1, 1] }
+        let Self { kv_heads, heads, queries, stats_stride, .. } = *self;
+        Layout { dtype: F32, dims: [kv_heads, heads, queries, 1], strides: [heads * stats_stride, stats_stride, 1, 1] }
     }
 
     /// A row statistic that never reaches memory.
     fn row(&self) -> Layout {
-        Layout::packed(F32, [1, self.heads, self.queries, 1])
+        Layout::packed(F32, [self.kv_heads, self.heads, self.queries, 1])
+    }
+
+    fn dq_sums(&self) -> Layout {
+        Layout::packed(F32, [self.kv_heads, self.heads, self.queries, self.head_dim])
+    }
+
+    /// Gradients of k or v before the sum over the heads of a group.
+    fn by_head(&self) -> Layout {
+        Layout::packed(BF16, [self.kv_heads, self.heads, self.keys, self.head_dim])
     }
 }
 
@@ -93,6 +112,9 @@ impl Graph {
 
     /// Scores with -inf where a key lies after its query: column > row + keys - queries.
     fn masked(&mut self, shape: Shape, scores: Reference) -> Result<Reference> {
+        if !shape.causal {
+            return Ok(scores);
+        }
         let (numbers, flags) = (shape.scores().of(I32), shape.scores().of(BOOL));
         let mut row = self.between(numbers)?;
         self.index(row, scores, 2)?;
@@ -157,11 +179,11 @@ pub(super) fn backward(shape: Shape) -> Result<Graph> {
     let o = g.tensor(O, shape.query_rows())?;
     let stats = g.tensor(STATS, shape.statistics())?;
     let d_o = g.tensor(D_O, shape.query_rows())?;
-    let dq = g.tensor(DQ, shape.query_rows())?;
+    let dq = g.tensor(DQ, shape.query_gradients())?;
     let dk = g.tensor(DK, shape.key_gradients())?;
     let dv = g.tensor(DV, shape.key_gradients())?;
     let delta = g.tensor(DELTA, shape.statistics())?;
-    let dq_sums = g.tensor(DQ_SUMS, Layout::packed(F32, [1, shape.heads, shape.queries, shape.head_dim]))?;
+    let dq_sums = g.tensor(DQ_SUMS, shape.dq_sums())?;
 
     let products = g.apply(Pointwise::CUDNN_POINTWISE_MUL, shape.query_rows().of(F32), d_o, Some(o))?;
     let sums = g.between(shape.row())?;
@@ -198,7 +220,7 @@ fn product_over_heads(g: &mut Graph, shape: Shape, out: Reference, left: Referen
     if shape.heads == 1 {
         return g.matmul(out, left, right);
     }
-    let by_head = g.between(Layout::packed(BF16, [1, shape.heads, shape.keys, shape.head_dim]))?;
+    let by_head = g.between(shape.by_head())?;
     g.matmul(by_head, left, right)?;
     g.reduce(Reduction::CUDNN_REDUCE_TENSOR_ADD, out, by_head)
 }
