@@ -118,14 +118,21 @@ impl Tokens {
 
     /// These documents in one sequence: labels shifted, the last of each masked.
     pub fn of(documents: &[Vec<i32>]) -> Self {
+        Self::padded(documents, 1)
+    }
+
+    /// The same with every document padded at its end to a multiple of `pad_to` tokens.
+    pub fn padded(documents: &[Vec<i32>], pad_to: usize) -> Self {
         let mut out = Self { ids: vec![], labels: vec![], positions: vec![], documents: vec![] };
         for document in documents {
-            let (start, length) = (out.ids.len() as u64, document.len());
+            let start = out.ids.len();
+            let end = start + document.len().next_multiple_of(pad_to);
             out.ids.extend(document);
+            out.ids.resize(end, 0);
             out.labels.extend_from_slice(&document[1..]);
-            out.labels.push(-100);
-            out.positions.extend(0..length as i32);
-            out.documents.push(start..start + length as u64);
+            out.labels.resize(end, -100);
+            out.positions.extend(0..(end - start) as i32);
+            out.documents.push(start as u64..end as u64);
         }
         out
     }

@@ -64,7 +64,7 @@ impl Device {
     /// # Panics
     /// When they were taken before.
     pub(super) fn reserve(&mut self, bytes: u64, host_bytes: u64) -> Result {
-        assert!(self.memory.bytes == 0 && self.host.bytes == 0, "arenas are taken once");
+        assert!(self.memory.bytes == 0 && self.host.bytes == 0, "arenas are taken once, or released in between");
         self.bind()?;
         self.free_before = free_bytes();
         let lacking = |space, bytes| {
@@ -81,6 +81,24 @@ impl Device {
             let start = unsafe { result::malloc_host(host_bytes as usize, sys::CU_MEMHOSTALLOC_PORTABLE) };
             let start = start.map_err(lacking("pinned host", host_bytes))?.expose_provenance() as u64;
             self.host = Block { start, bytes: host_bytes };
+        }
+        Ok(())
+    }
+
+    /// Gives both arenas back once nothing queued needs them. Others may then be taken, for another model: what the
+    /// libraries have loaded and planned stays.
+    pub fn release(&mut self) -> Result {
+        self.synchronize()?;
+        self.bind()?;
+        let (memory, host) = (std::mem::take(&mut self.memory), std::mem::take(&mut self.host));
+        if memory.bytes > 0 {
+            // SAFETY: allocated in `reserve` and freed nowhere else; no stream has anything left that reads it.
+            unsafe { result::free_sync(memory.start) }.map_err(driver("free the arena"))?;
+        }
+        if host.bytes > 0 {
+            let start = std::ptr::with_exposed_provenance_mut::<c_void>(host.start as usize);
+            // SAFETY: as above.
+            unsafe { result::free_host(start) }.map_err(driver("free the host arena"))?;
         }
         Ok(())
     }
@@ -239,18 +257,7 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if self.synchronize().is_err() || self.bind().is_err() {
-            return;
-        }
         // At the end of a process there is nobody left to tell; the driver takes the memory back in any case.
-        if self.memory.bytes > 0 {
-            // SAFETY: allocated in `reserve` and freed nowhere else; no stream has anything left that reads it.
-            let _ = unsafe { result::free_sync(self.memory.start) };
-        }
-        if self.host.bytes > 0 {
-            let start = std::ptr::with_exposed_provenance_mut::<c_void>(self.host.start as usize);
-            // SAFETY: as above.
-            let _ = unsafe { result::free_host(start) };
-        }
+        let _ = self.release();
     }
 }

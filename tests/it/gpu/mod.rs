@@ -1,0 +1,92 @@
+//! Proofs on an NVIDIA GPU, ignored where tests run as a matter of course: `it --ignored gpu` runs them all.
+//!
+//! The binary may be carried to the machine that has the GPU, with `tests/reference` beside it (see `support::tree`). Every
+//! proof prints the figures it read, a JSON line each, also when it passes.
+
+mod attention;
+mod golden;
+mod operations;
+mod parity;
+mod resume;
+mod twenty_steps;
+
+use std::{
+    io::Write,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
+
+use longhaul::{
+    domain::{Machine, ModelConfig, machine::DeviceKind, training::Precision},
+    engine::{
+        backend::{DType, Tensor, cuda::Cuda},
+        train::session::Session,
+    },
+    plan::{self, Forced, Plan},
+};
+use serde_json::{Value, json};
+
+use crate::support::model;
+
+/// Rows that attention on GPUs wants documents and chunks to be multiples of.
+const BLOCK: u64 = 128;
+/// Device memory that the small models of these proofs may plan with.
+const MODEL_BYTES: u64 = 16 << 30;
+
+/// One test at a time has the GPU.
+static TURN: Mutex<()> = Mutex::new(());
+
+/// The GPU of this machine for one test. Sessions follow one another on it, each with an arena of its own.
+struct Gpu {
+    cuda: Option<Cuda>,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Gpu {
+    fn open() -> Self {
+        let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+        let cuda = Cuda::open(0, &[]).unwrap();
+        Self { cuda: Some(cuda), _turn: turn }
+    }
+
+    /// A machine with this GPU, for plans.
+    fn machine() -> Machine {
+        Machine { device: DeviceKind::Cuda, ..model::machine(MODEL_BYTES) }
+    }
+
+    fn plan(config: &ModelConfig, tokens: u64, forced: Forced) -> Plan {
+        let machine = Self::machine();
+        let (precision, micro_batches) = (Precision::Bf16, 1);
+        plan::plan(&plan::Request { model: config, precision, tokens, micro_batches, machine: &machine, forced }).unwrap()
+    }
+
+    /// A session whose weights are whatever the memory holds.
+    fn session(&mut self, config: &ModelConfig, plan: &Plan) -> Session<Cuda> {
+        let cuda = self.cuda.take().expect("the last session was ended");
+        Session::new(cuda, plan, config, &std::env::temp_dir()).unwrap()
+    }
+
+    /// Ends a session. Its memory is left full of NaN for the next one.
+    fn end(&mut self, session: Session<Cuda>, plan: &Plan) {
+        let mut cuda = session.backend;
+        cuda.device.fill_bytes(Tensor::device(0, DType::U16, 1, plan.layout.bytes / 2), 0xff).unwrap();
+        cuda.device.release().unwrap();
+        self.cuda = Some(cuda);
+    }
+
+    /// The backend itself, for operations without a model.
+    fn backend(&mut self) -> &mut Cuda {
+        self.cuda.as_mut().expect("the last session was ended")
+    }
+
+    /// What the figures were read on.
+    fn card(&self) -> Value {
+        let cuda = self.cuda.as_ref().expect("no session has it");
+        json!({ "card": cuda.device.name().unwrap(), "cudnn": cuda.cudnn_version() })
+    }
+}
+
+/// A line of figures. Past the test harness, which shows what a test prints only when it fails.
+fn figures(proof: &str, values: Value) {
+    let line = json!({ "proof": proof, "figures": values });
+    writeln!(std::io::stdout().lock(), "\n{line}").unwrap();
+}
