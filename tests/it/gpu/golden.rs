@@ -1,11 +1,15 @@
 //! The golden model with heads of 64 in bf16 on a GPU: gradients as near to float64 as PyTorch's, whatever the plan.
 
-use super::{BLOCK, Gpu, figures};
-use crate::golden::{
-    self,
-    bf16::{NAME, assert_as_good_as_pytorch, errors, plans, sequences, trained},
-};
 use longhaul::engine::train::saved;
+
+use super::{BLOCK, Gpu, figures};
+use crate::{
+    golden::{
+        self,
+        bf16::{NAME, assert_as_good_as_pytorch, errors, plans, sequences, trained},
+    },
+    support::stage::Stage,
+};
 
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
@@ -16,7 +20,7 @@ fn gpu_gradients_are_as_near_as_pytorchs_in_bf16() {
     let sequences = sequences(BLOCK as usize);
     let tokens = sequences.iter().map(|tokens| tokens.ids.len() as u64).max().unwrap();
     for (what, forced) in plans(BLOCK) {
-        let plan = Gpu::plan(&config, tokens, forced);
+        let plan = gpu.plan(&config, tokens, forced);
         let mut session = gpu.session(&config, &plan);
         saved::load_base(&mut session, &golden::folder(NAME)).unwrap();
         let errors = errors(&mut session, &sequences[0]);

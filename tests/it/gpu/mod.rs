@@ -16,16 +16,16 @@ use std::{
 };
 
 use longhaul::{
-    domain::{Machine, ModelConfig, machine::DeviceKind, training::Precision},
+    domain::{Machine, ModelConfig, machine::DeviceKind},
     engine::{
         backend::{DType, Tensor, cuda::Cuda},
         train::session::Session,
     },
-    plan::{self, Forced, Plan},
+    plan::Plan,
 };
 use serde_json::{Value, json};
 
-use crate::support::model;
+use crate::support::{model, stage::Stage};
 
 /// Rows that attention on GPUs wants documents and chunks to be multiples of.
 const BLOCK: u64 = 128;
@@ -48,31 +48,6 @@ impl Gpu {
         Self { cuda: Some(cuda), _turn: turn }
     }
 
-    /// A machine with this GPU, for plans.
-    fn machine() -> Machine {
-        Machine { device: DeviceKind::Cuda, ..model::machine(MODEL_BYTES) }
-    }
-
-    fn plan(config: &ModelConfig, tokens: u64, forced: Forced) -> Plan {
-        let machine = Self::machine();
-        let (precision, micro_batches) = (Precision::Bf16, 1);
-        plan::plan(&plan::Request { model: config, precision, tokens, micro_batches, machine: &machine, forced }).unwrap()
-    }
-
-    /// A session whose weights are whatever the memory holds.
-    fn session(&mut self, config: &ModelConfig, plan: &Plan) -> Session<Cuda> {
-        let cuda = self.cuda.take().expect("the last session was ended");
-        Session::new(cuda, plan, config, &std::env::temp_dir()).unwrap()
-    }
-
-    /// Ends a session. Its memory is left full of NaN for the next one.
-    fn end(&mut self, session: Session<Cuda>, plan: &Plan) {
-        let mut cuda = session.backend;
-        cuda.device.fill_bytes(Tensor::device(0, DType::U16, 1, plan.layout.bytes / 2), 0xff).unwrap();
-        cuda.device.release().unwrap();
-        self.cuda = Some(cuda);
-    }
-
     /// The backend itself, for operations without a model.
     fn backend(&mut self) -> &mut Cuda {
         self.cuda.as_mut().expect("the last session was ended")
@@ -82,6 +57,27 @@ impl Gpu {
     fn card(&self) -> Value {
         let cuda = self.cuda.as_ref().expect("no session has it");
         json!({ "card": cuda.device.name().unwrap(), "cudnn": cuda.cudnn_version() })
+    }
+}
+
+impl Stage for Gpu {
+    type Backend = Cuda;
+
+    fn machine(&self) -> Machine {
+        Machine { device: DeviceKind::Cuda, ..model::machine(MODEL_BYTES) }
+    }
+
+    fn session(&mut self, config: &ModelConfig, plan: &Plan) -> Session<Cuda> {
+        let cuda = self.cuda.take().expect("the last session was ended");
+        Session::new(cuda, plan, config, &std::env::temp_dir()).unwrap()
+    }
+
+    /// Leaves the memory full of NaN for the next session.
+    fn end(&mut self, session: Session<Cuda>, plan: &Plan) {
+        let mut cuda = session.backend;
+        cuda.device.fill_bytes(Tensor::device(0, DType::U16, 1, plan.layout.bytes / 2), 0xff).unwrap();
+        cuda.device.release().unwrap();
+        self.cuda = Some(cuda);
     }
 }
 

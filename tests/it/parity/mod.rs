@@ -4,6 +4,7 @@
 mod checkpoint_offload;
 mod chunks;
 mod gradients;
+pub mod plans;
 mod tiled_loss;
 mod tiled_mlp;
 

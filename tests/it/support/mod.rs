@@ -1,5 +1,6 @@
 //! What several tests need: folders that clean up after themselves, a private Postgres for the whole run, small models,
-//! the service in process, jobs and checkpoints in the store.
+//! sessions on any
+//! device, the service in process, jobs and checkpoints in the store.
 
 pub mod database;
 pub mod form;
@@ -8,6 +9,7 @@ pub mod rows;
 pub mod sandbox;
 pub mod server;
 pub mod service;
+pub mod stage;
 
 use std::path::{Path, PathBuf};
 
