@@ -24,3 +24,4 @@ mod store;
 mod support;
 mod training;
 mod transformers;
+mod twenty_steps;

@@ -6,7 +6,7 @@ use serde_json::json;
 
 use super::{Gpu, figures};
 use crate::{
-    operations::repeat::{EVEN, ODD, Output, Shapes, outputs},
+    operations::repeat::{EVEN, ODD, Output, Shapes, Which, outputs},
     support::model::relative_error,
 };
 
@@ -19,9 +19,9 @@ const SAME_BITS: [&str; 5] = ["fill", "cast", "accumulate", "adamw", "embedding"
 /// The only operation that a library adds up in no fixed order.
 const UNORDERED: &str = "attention_backward";
 
-fn run(gpu: &mut Gpu, shapes: Shapes) -> Vec<Output> {
+fn run(gpu: &mut Gpu, shapes: Shapes, which: Which) -> Vec<Output> {
     let cuda = gpu.cuda.take().unwrap();
-    let (mut cuda, written) = outputs(cuda, shapes);
+    let (mut cuda, written) = outputs(cuda, shapes, which);
     cuda.device.release().unwrap();
     gpu.cuda = Some(cuda);
     written
@@ -37,10 +37,10 @@ fn gpu_operations_repeat_themselves_bit_for_bit() {
     let mut gpu = Gpu::open();
     figures("operations", gpu.card());
     for (what, shapes) in [("even", EVEN), ("odd", ODD)] {
-        let first = run(&mut gpu, shapes);
+        let first = run(&mut gpu, shapes, Which::All);
         let mut spread = Vec::new();
         for _ in 0..3 {
-            for (a, b) in first.iter().zip(run(&mut gpu, shapes)) {
+            for (a, b) in first.iter().zip(run(&mut gpu, shapes, Which::All)) {
                 if first_word(a.operation) == UNORDERED {
                     spread.push((a.operation, relative_error(&b.values(), &a.values())));
                 } else {
@@ -53,14 +53,27 @@ fn gpu_operations_repeat_themselves_bit_for_bit() {
     }
 }
 
+/// Without any kernel of a library, so that a sanitizer need not be told which kernels to watch.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn gpu_kernels_of_our_own_repeat_themselves() {
+    let mut gpu = Gpu::open();
+    for shapes in [EVEN, ODD] {
+        let (first, second) = (run(&mut gpu, shapes, Which::Own), run(&mut gpu, shapes, Which::Own));
+        for (a, b) in first.iter().zip(second) {
+            assert!(a.bytes == b.bytes && a.values().iter().all(|x| x.is_finite()), "{}", a.operation);
+        }
+    }
+}
+
 #[test]
 #[ignore = "needs an NVIDIA GPU"]
 fn gpu_operations_compute_what_the_cpu_does() {
     let mut gpu = Gpu::open();
     for (what, shapes) in [("even", EVEN), ("odd", ODD)] {
-        let (_, reference) = outputs(Cpu::<half::bf16>::new(8).unwrap(), shapes);
+        let (_, reference) = outputs(Cpu::<half::bf16>::new(8).unwrap(), shapes, Which::All);
         let mut errors = Vec::new();
-        for (ours, theirs) in run(&mut gpu, shapes).iter().zip(&reference) {
+        for (ours, theirs) in run(&mut gpu, shapes, Which::All).iter().zip(&reference) {
             let name = ours.operation;
             let error = relative_error(&ours.values(), &theirs.values());
             errors.push((name, error));
