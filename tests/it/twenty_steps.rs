@@ -100,9 +100,10 @@ pub fn beside_transformers<S: Stage>(stage: &mut S, device: &str, python: &Path,
     let plan = stage.plan(&config, sizes.tokens, Forced::default());
     let mut session = stage.session(&config, &plan);
     saved::load_base(&mut session, &sandbox.join("model")).unwrap();
-    let steps = sequences.iter().zip(1..).map(|(tokens, n)| {
-        session.step(&[tokens.batch()], &hyper(n), MAX_GRAD_NORM).unwrap().mean_loss()
-    });
+    let steps = sequences
+        .iter()
+        .zip(1..)
+        .map(|(tokens, n)| session.step(&[tokens.batch()], &hyper(n), MAX_GRAD_NORM).unwrap().mean_loss());
     let ours: Vec<f64> = steps.collect();
     stage.end(session, &plan);
 
@@ -128,7 +129,6 @@ fn twenty_steps_are_transformers() {
         eprintln!("SKIPPED: {PYTHON} names no Python with torch and transformers; nothing was compared with them");
         return;
     };
-    let sizes =
-        Sizes { layers: 2, hidden: 128, intermediate: 256, heads: 2, kv_heads: 1, vocab: 300, tokens: 256 };
+    let sizes = Sizes { layers: 2, hidden: 128, intermediate: 256, heads: 2, kv_heads: 1, vocab: 300, tokens: 256 };
     eprintln!("{}", beside_transformers(&mut OnCpu, "cpu", Path::new(&python), &sizes));
 }

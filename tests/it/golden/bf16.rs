@@ -95,7 +95,10 @@ pub fn plans(block: u64) -> [(&'static str, Forced); 4] {
     [
         ("one chunk", whole),
         ("one block a chunk, nothing kept", Forced { chunk_tokens: Some(block), ..bare }),
-        ("two blocks a chunk, tiles", Forced { chunk_tokens: Some(2 * block), mlp_tile_rows: Some(96), loss_tile_rows: Some(200), ..bare }),
+        (
+            "two blocks a chunk, tiles",
+            Forced { chunk_tokens: Some(2 * block), mlp_tile_rows: Some(96), loss_tile_rows: Some(200), ..bare },
+        ),
         ("gradients in storage", Forced { gradients: Some(Gradients::Storage), ..whole }),
     ]
 }

@@ -12,9 +12,10 @@ mod twenty_steps;
 
 use std::{
     io::Write,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
+use cudarc::driver::CudaContext;
 use longhaul::{
     domain::{Machine, ModelConfig, machine::DeviceKind},
     engine::{
@@ -34,6 +35,8 @@ const MODEL_BYTES: u64 = 16 << 30;
 
 /// One test at a time has the GPU.
 static TURN: Mutex<()> = Mutex::new(());
+/// The card's context stays from test to test: the libraries hold on to it.
+static CONTEXT: OnceLock<Arc<CudaContext>> = OnceLock::new();
 
 /// The GPU of this machine for one test. Sessions follow one another on it, each with an arena of its own.
 struct Gpu {
@@ -45,6 +48,7 @@ impl Gpu {
     fn open() -> Self {
         let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
         let cuda = Cuda::open(0, &[]).unwrap();
+        CONTEXT.get_or_init(|| CudaContext::new(0).unwrap());
         Self { cuda: Some(cuda), _turn: turn }
     }
 

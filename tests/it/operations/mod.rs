@@ -35,7 +35,7 @@ impl<B: Backend> Bench<B> {
     }
 
     fn sized(mut b: B, seed: u64, bytes: u64) -> Self {
-        b.reserve(bytes, 0).unwrap();
+        b.reserve(bytes, bytes).unwrap();
         b.upload(Tensor::device(0, DType::U16, 1, bytes / 2), &vec![0xff; bytes as usize]).unwrap();
         Self { b, end: 0, random: Random(seed) }
     }

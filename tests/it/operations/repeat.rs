@@ -61,7 +61,9 @@ impl Output {
         match self.dtype {
             DType::Bf16 => halves().map(|bits| half::bf16::from_bits(bits).into()).collect(),
             DType::U16 => halves().map(f64::from).collect(),
-            DType::F32 => self.bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()).into()).collect(),
+            DType::F32 => {
+                self.bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap()).into()).collect()
+            }
             other => panic!("no operation writes {other:?}"),
         }
     }

@@ -48,9 +48,8 @@ fn config() -> ModelConfig {
 
 /// Documents of a step, padded to blocks: several chunks long, of one chunk, of a few tokens.
 fn tokens(config: &ModelConfig, step: u64) -> Tokens {
-    let documents: Vec<Vec<i32>> = [130, 300, 9]
-        .map(|length| Tokens::random(config.vocab_size, &[length], 31 * step + length).ids)
-        .to_vec();
+    let documents: Vec<Vec<i32>> =
+        [130, 300, 9].map(|length| Tokens::random(config.vocab_size, &[length], 31 * step + length).ids).to_vec();
     Tokens::padded(&documents, BLOCK as usize)
 }
 
@@ -68,9 +67,10 @@ fn run<S: Stage>(stage: &mut S, forced: Forced) -> Run {
     let mut session = stage.session(&config, &plan);
     scatter(&mut session, 0.1, 17);
     let (_, gradients) = gradients(&mut session, &[all[0].batch()]);
-    let losses = all.iter().zip(1..).map(|(tokens, step)| {
-        session.step(&[tokens.batch()], &hyper(step), 1.0).unwrap().mean_loss()
-    });
+    let losses = all
+        .iter()
+        .zip(1..)
+        .map(|(tokens, step)| session.step(&[tokens.batch()], &hyper(step), 1.0).unwrap().mean_loss());
     let losses = losses.collect();
     stage.end(session, &plan);
     Run { losses, gradients: gradients.into_iter().collect() }

@@ -27,7 +27,8 @@ pub trait Stage {
     fn plan(&self, config: &ModelConfig, tokens: u64, forced: Forced) -> Plan {
         let machine = self.machine();
         let (precision, micro_batches) = (Precision::Bf16, 1);
-        plan::plan(&plan::Request { model: config, precision, tokens, micro_batches, machine: &machine, forced }).unwrap()
+        plan::plan(&plan::Request { model: config, precision, tokens, micro_batches, machine: &machine, forced })
+            .unwrap()
     }
 }
 
