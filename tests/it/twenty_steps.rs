@@ -77,7 +77,7 @@ fn mean(values: impl ExactSizeIterator<Item = f64>) -> f64 {
 pub fn beside_transformers<S: Stage>(stage: &mut S, device: &str, python: &Path, sizes: &Sizes) -> Value {
     let sandbox = Sandbox::new("twenty-steps");
     let config = make_model(sandbox.path(), sizes);
-    assert_eq!(config.head_dim, 64);
+    assert_eq!((config.head_dim, config.vocab_size), (64, sizes.vocab));
     let sequences: Vec<Tokens> = (1..=STEPS).map(|n| Tokens::chain(config.vocab_size, sizes.tokens, n)).collect();
 
     let settings = hyper(1);
@@ -129,6 +129,6 @@ fn twenty_steps_are_transformers() {
         eprintln!("SKIPPED: {PYTHON} names no Python with torch and transformers; nothing was compared with them");
         return;
     };
-    let sizes = Sizes { layers: 2, hidden: 128, intermediate: 256, heads: 2, kv_heads: 1, vocab: 300, tokens: 256 };
+    let sizes = Sizes { layers: 2, hidden: 128, intermediate: 256, heads: 2, kv_heads: 1, vocab: 304, tokens: 256 };
     eprintln!("{}", beside_transformers(&mut OnCpu, "cpu", Path::new(&python), &sizes));
 }

@@ -8,9 +8,9 @@ Each folder is a Hugging Face model of random f32 weights and, beside it, what P
 Documents that share a sequence are kept apart by a block-diagonal mask and by positions that restart at 0.
 Rotary tables come from transformers in f32, so documents stay within 256 tokens.
 
-Models of BF16 have weights that bf16 holds exactly, stored in bf16, and instead of `after.safetensors` the file `bf16.json`: how far
-PyTorch's own losses and gradients are from float64 when it computes the same in bf16, as people train (weights and
-activations in bf16, softmax, norms and cross entropy in f32).
+Models of BF16 have weights that bf16 holds exactly, stored in bf16, and instead of `after.safetensors` the file
+`bf16.json`: how far PyTorch's own loss and gradients of the first step are from float64 when it computes them in bf16, as
+people train (weights and activations in bf16; softmax, norms and cross entropy in f32).
 """
 
 import json

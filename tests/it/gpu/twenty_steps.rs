@@ -8,7 +8,7 @@ use super::{Gpu, figures};
 use crate::twenty_steps::{PYTHON, Sizes, beside_transformers};
 
 const SIZES: Sizes =
-    Sizes { layers: 4, hidden: 512, intermediate: 1536, heads: 8, kv_heads: 4, vocab: 400, tokens: 2048 };
+    Sizes { layers: 4, hidden: 512, intermediate: 1536, heads: 8, kv_heads: 4, vocab: 304, tokens: 2048 };
 
 #[test]
 #[ignore = "needs an NVIDIA GPU"]

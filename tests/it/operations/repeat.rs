@@ -10,7 +10,7 @@ use super::Bench;
 
 /// Room for every tensor of a run, and for the attention workspace of a GPU.
 const ARENA_BYTES: u64 = 24 << 20;
-/// Rows of the layer operations, and of the matrix products: 64 more than a multiple of 128.
+/// Rows of the layer operations: 64 more than a multiple of 128.
 const ROWS: u64 = 192;
 const KEYS: u64 = 320;
 const ATTENTION: Heads = Heads { n_heads: 4, n_kv_heads: 2, head_dim: 64 };
@@ -23,6 +23,8 @@ pub struct Shapes {
     intermediate: u64,
     vocab: u64,
     heads: Heads,
+    /// m, n, k of the matrix products.
+    product: (u64, u64, u64),
     /// Parameters of flat operations, and the element of their tensors where they begin.
     flat: u64,
     first: u64,
@@ -34,6 +36,7 @@ pub const EVEN: Shapes = Shapes {
     intermediate: 96,
     vocab: 2048,
     heads: Heads { n_heads: 4, n_kv_heads: 2, head_dim: 64 },
+    product: (ROWS, 96, 64),
     flat: 40_000,
     first: 0,
 };
@@ -43,6 +46,7 @@ pub const ODD: Shapes = Shapes {
     intermediate: 93,
     vocab: 2047,
     heads: Heads { n_heads: 3, n_kv_heads: 1, head_dim: 6 },
+    product: (ROWS - 1, 97, 61),
     flat: 40_003,
     first: 1,
 };
@@ -85,7 +89,7 @@ pub fn outputs<B: Backend>(b: B, shapes: Shapes, which: Which) -> (B, Vec<Output
     written.extend(rows(&mut bench, shapes));
     written.extend(positions(&mut bench, shapes.heads));
     if which == Which::All {
-        written.extend(products(&mut bench));
+        written.extend(products(&mut bench, shapes.product));
         written.extend(attention(&mut bench));
     }
     bench.b.synchronize().unwrap();
@@ -238,8 +242,7 @@ fn positions<B: Backend>(bench: &mut Bench<B>, heads: Heads) -> Written {
 }
 
 /// Matrix products, with and without what was there before.
-fn products<B: Backend>(bench: &mut Bench<B>) -> Written {
-    let (m, n, k) = (ROWS, 96, 64);
+fn products<B: Backend>(bench: &mut Bench<B>, (m, n, k): (u64, u64, u64)) -> Written {
     let (x, w, dy) = (bench.input(m, k), bench.input(n, k), bench.input(m, n));
     let (y, added, dx, dw) = (bench.output(m, n), bench.input(m, n), bench.output(m, k), bench.sum(n, k));
     bench.b.matmul(y, x, w, 0.0).unwrap();
