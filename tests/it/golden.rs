@@ -3,6 +3,8 @@
 //! `tests/reference/make_golden.py` wrote the files, in float64 from weights that f32 holds. The engine runs in f32 and
 //! must agree tensor by tensor, whatever the plan.
 
+pub mod bf16;
+
 use std::{
     collections::BTreeMap,
     path::{Path, PathBuf},
@@ -20,7 +22,10 @@ use longhaul::{
 };
 use serde::Deserialize;
 
-use crate::support::model::{self, Tokens, relative_error};
+use crate::support::{
+    self,
+    model::{self, Tokens, relative_error},
+};
 
 const NAMES: [&str; 2] = ["grouped_tied", "llama3_rope_untied"];
 /// Largest `||a - b|| / ||b||` of a tensor in f32.
@@ -67,8 +72,8 @@ impl Step {
     }
 }
 
-fn folder(name: &str) -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/reference/golden").join(name)
+pub fn folder(name: &str) -> PathBuf {
+    support::tree().join("tests/reference/golden").join(name)
 }
 
 fn golden(name: &str) -> Golden {
@@ -98,12 +103,15 @@ fn plans() -> [(&'static str, Forced); 3] {
     ]
 }
 
+pub fn config(name: &str) -> ModelConfig {
+    ModelConfig::from_config_text(&std::fs::read_to_string(folder(name).join("config.json")).unwrap()).unwrap()
+}
+
 fn session<B: Backend>(name: &str, backend: B, precision: Precision, forced: Forced) -> Session<B> {
-    let config = ModelConfig::from_config_text(&std::fs::read_to_string(folder(name).join("config.json")).unwrap());
-    let config = config.unwrap();
+    let config = config(name);
     let machine = model::machine(1 << 30);
     let (model, machine, moments) = (&config, &machine, Moments::F32);
-    let request = plan::Request { model, precision, moments, tokens: 256, micro_batches: 1, machine, forced };
+    let request = plan::Request { model, precision, moments, tokens: 512, micro_batches: 1, machine, forced };
     let plan = plan::plan(&request).unwrap();
     let mut session = Session::new(backend, &plan, &config, &std::env::temp_dir()).unwrap();
     saved::load_base(&mut session, &folder(name)).unwrap();

@@ -57,6 +57,30 @@ fn every_kernel_in_the_sources_is_in_the_table() {
     assert_eq!(table, written);
 }
 
+/// The assembly text of a fatbin: the embedded PTX, which is not compressed.
+fn assembly(fatbin: &[u8]) -> String {
+    let text = String::from_utf8_lossy(fatbin);
+    let start = text.find(".version").expect("a fatbin holds PTX for GPUs that it has no machine code for");
+    text[start..].to_owned()
+}
+
+/// Instructions on f32 in which the assembler may fuse a product with a sum, or that are fused already.
+fn fusible(assembly: &str) -> Vec<&str> {
+    let words = assembly.split([' ', '\t', '\n', ';']);
+    words.filter(|word| ["fma.rn.f32", "mul.f32", "add.f32", "sub.f32"].contains(word)).collect()
+}
+
+#[test]
+fn an_update_is_rounded_operation_by_operation() {
+    assert_eq!(fusible("\tfma.rn.f32 %f1;\n\tmul.f32 %f2;\n\tmul.rn.f32 %f3;"), ["fma.rn.f32", "mul.f32"]);
+    let Ok(fatbins) = embedded() else { return };
+    let (_, adamw) = fatbins.iter().find(|(name, _)| *name == "adamw").unwrap();
+    let assembly = assembly(adamw);
+    assert!(assembly.contains("div.rn.f32") && assembly.contains("sqrt.rn.f32"), "not the approximate ones");
+    // Then its bits are those of any other processor that follows IEEE 754, among them the CPU backend's.
+    assert_eq!(fusible(&assembly), [""; 0]);
+}
+
 /// The driver's library is absent from the path of this process, whatever the machine has, only where there is no GPU.
 #[test]
 fn without_a_driver_bench_ops_says_so_in_one_line() {

@@ -8,6 +8,7 @@
 mod bad_input;
 mod floors;
 mod golden;
+mod gpu;
 mod http;
 mod job_request;
 mod journey;
@@ -23,3 +24,4 @@ mod store;
 mod support;
 mod training;
 mod transformers;
+mod twenty_steps;

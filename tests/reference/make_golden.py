@@ -6,7 +6,11 @@ Each folder is a Hugging Face model of random f32 weights and, beside it, what P
 `steps.json` (the token ids of five optimizer steps, the settings, every step's loss and gradient norm),
 `gradients.safetensors` (of the first step, before clipping) and `after.safetensors` (the weights after the last step).
 Documents that share a sequence are kept apart by a block-diagonal mask and by positions that restart at 0.
-Rotary tables come from transformers in f32, so sequences stay within 256 tokens.
+Rotary tables come from transformers in f32, so documents stay within 256 tokens.
+
+Models of BF16 have weights that bf16 holds exactly, stored in bf16, and instead of `after.safetensors` the file
+`bf16.json`: how far PyTorch's own loss and gradients of the first step are from float64 when it computes them in bf16, as
+people train (weights and activations in bf16; softmax, norms and cross entropy in f32).
 """
 
 import json
@@ -84,10 +88,35 @@ MODELS = {
         [[117, 5, 78]],
     ),
 }
+# Heads of 64, which the attention of GPUs takes; more than one block of 128 keys, documents that fill their blocks unevenly.
+BF16 = {
+    "heads_of_64": (
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": 320,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "max_position_embeddings": 512,
+            "tie_word_embeddings": False,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "dtype": "bfloat16",
+        },
+        [[203, 9, 88]],
+    ),
+}
 
 
-def build(config_path, generator):
-    """The model of a config with random weights that f32 holds exactly, computed in float64."""
+def build(config_path, generator, held_in, deviation):
+    """The model of a config with random weights that a type holds exactly, computed in float64."""
     config = LlamaConfig.from_json_file(config_path)
     config._attn_implementation = "eager"
     model = LlamaForCausalLM(config).double()
@@ -95,8 +124,20 @@ def build(config_path, generator):
         for parameter in model.parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
             around = 1.0 if parameter.dim() == 1 else 0.0
-            parameter.copy_(around + 0.15 * noise)
-            parameter.copy_(parameter.float())
+            parameter.copy_(around + deviation * noise)
+            parameter.copy_(parameter.to(held_in))
+    return model
+
+
+def in_bf16(config_path, exact):
+    """The same model computed in bf16, its rotary frequencies in f32 as transformers keeps them."""
+    config = LlamaConfig.from_json_file(config_path)
+    config._attn_implementation = "sdpa"
+    model = LlamaForCausalLM(config).float()
+    model.load_state_dict(exact.state_dict())
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.bfloat16()
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
     return model
 
 
@@ -107,28 +148,50 @@ def sequence_loss(model, documents):
     positions = torch.tensor([p for document in documents for p in range(len(document))])
     n = len(ids)
     visible = (owner[:, None] == owner[None, :]) & torch.ones(n, n, dtype=torch.bool).tril()
-    mask = torch.zeros(n, n, dtype=torch.float64).masked_fill(~visible, torch.finfo(torch.float64).min)
+    dtype = model.lm_head.weight.dtype
+    mask = torch.zeros(n, n, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
     logits = model(
         input_ids=ids[None], attention_mask=mask[None, None], position_ids=positions[None], use_cache=False
     ).logits[0]
     labels = torch.full((n,), -100)
     inner = owner[:-1] == owner[1:]
     labels[:-1][inner] = ids[1:][inner]
-    assert logits.dtype == torch.float64
+    assert logits.dtype == dtype
+    logits = logits.float() if dtype == torch.bfloat16 else logits
     return torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum"), int(inner.sum())
 
 
-def tensors(model, of):
-    """One tensor per parameter under its Hugging Face name, in f32."""
-    return {name: of(parameter).detach().float().contiguous() for name, parameter in model.named_parameters()}
+def tensors(model, of, dtype=torch.float32):
+    """One tensor per parameter under its Hugging Face name."""
+    return {name: of(parameter).detach().to(dtype).contiguous() for name, parameter in model.named_parameters()}
 
 
-def make(folder, config, shapes, seed):
+def mean_loss(model, sequences):
+    parts = [sequence_loss(model, documents) for documents in sequences]
+    return sum(part for part, _ in parts) / sum(count for _, count in parts)
+
+
+def bf16_errors(config_path, exact, sequences):
+    """Relative errors of loss and gradients of `exact` when PyTorch computes them in bf16; its gradients are there."""
+    model = in_bf16(config_path, exact)
+    loss = mean_loss(model, sequences)
+    loss.backward()
+    ours = dict(model.named_parameters())
+    error = lambda name, p: ((ours[name].grad.double() - p.grad).norm() / p.grad.norm()).item()
+    exact_loss = mean_loss(exact, sequences).item()
+    return {
+        "loss": abs(loss.item() - exact_loss) / exact_loss,
+        "gradients": {name: error(name, p) for name, p in exact.named_parameters()},
+    }
+
+
+def make(folder, config, shapes, seed, in_bf16=False):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     generator = torch.Generator().manual_seed(seed)
-    model = build(folder / "config.json", generator)
-    save_file(tensors(model, lambda p: p), folder / "model.safetensors", metadata={"format": "pt"})
+    held_in = torch.bfloat16 if in_bf16 else torch.float32
+    model = build(folder / "config.json", generator, held_in, 0.06 if in_bf16 else 0.15)
+    save_file(tensors(model, lambda p: p, held_in), folder / "model.safetensors", metadata={"format": "pt"})
     decayed = [p for p in model.parameters() if p.dim() > 1]
     gains = [p for p in model.parameters() if p.dim() == 1]
     optimizer = torch.optim.AdamW(
@@ -144,15 +207,18 @@ def make(folder, config, shapes, seed):
             for lengths in shapes
         ]
         optimizer.zero_grad()
-        parts = [sequence_loss(model, documents) for documents in sequences]
-        loss = sum(part for part, _ in parts) / sum(count for _, count in parts)
+        loss = mean_loss(model, sequences)
         loss.backward()
         if step == 0:
             save_file(tensors(model, lambda p: p.grad), folder / "gradients.safetensors")
+        if step == 0 and in_bf16:
+            errors = bf16_errors(folder / "config.json", model, sequences)
+            (folder / "bf16.json").write_text(json.dumps(errors, indent=2) + "\n")
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), HYPER["max_grad_norm"])
         optimizer.step()
         steps.append({"loss": loss.item(), "grad_norm": norm.item(), "sequences": sequences})
-    save_file(tensors(model, lambda p: p), folder / "after.safetensors")
+    if not in_bf16:
+        save_file(tensors(model, lambda p: p), folder / "after.safetensors")
     made_by = {"torch": torch.__version__.split("+")[0], "transformers": transformers.__version__}
     text = json.dumps({"made_by": made_by, **HYPER, "steps": steps}, separators=(",", ":"))
     (folder / "steps.json").write_text(text + "\n")
@@ -164,6 +230,8 @@ def main():
     torch.use_deterministic_algorithms(True)
     for seed, (name, (config, shapes)) in enumerate(MODELS.items(), start=1):
         make(Path(sys.argv[1]) / name, config, shapes, seed)
+    for seed, (name, (config, shapes)) in enumerate(BF16.items(), start=100):
+        make(Path(sys.argv[1]) / name, config, shapes, seed, in_bf16=True)
 
 
 if __name__ == "__main__":

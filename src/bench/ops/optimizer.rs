@@ -52,8 +52,12 @@ fn updates(
 ) -> Result {
     t.clear();
     let length = first + n + BEHIND;
-    let w = t.same_noise(if split { DType::Bf16 } else { DType::F32 }, 1, length)?;
-    let low = if split { Some(t.same_noise(DType::U16, 1, length)?) } else { None };
+    let (w, low) = if split {
+        let [w, low] = t.same_masters(1, length)?;
+        (w, Some(low))
+    } else {
+        (t.same_noise(DType::F32, 1, length)?, None)
+    };
     let [m, v] = [t.same_output(moments, 1, length)?, t.same_output(moments, 1, length)?];
     let scale = t.same(DType::F32, 1, 1, &0.7f32.to_le_bytes())?;
     for zero in [m, v] {

@@ -4,7 +4,11 @@ use half::bf16;
 
 use crate::engine::{
     Result,
-    backend::{ALIGNMENT, Backend, DType, Stream, Tensor, cpu::Cpu, cuda::Cuda},
+    backend::{
+        ALIGNMENT, Backend, DType, Stream, Tensor,
+        cpu::{Cpu, adamw},
+        cuda::Cuda,
+    },
 };
 
 /// Bytes of the reference's arena: zero pages until they are used.
@@ -134,15 +138,26 @@ impl Twins {
         Ok(twin)
     }
 
-    /// Noise for [`Self::same`]: floats of standard deviation 1, any integers.
+    /// Noise for [`Self::same`], of standard deviation 1.
     pub(super) fn same_noise(&mut self, dtype: DType, rows: u64, cols: u64) -> Result<Twin> {
         let values: Vec<f32> = (0..rows * cols).map(|_| self.noise()).collect();
         let bytes: Vec<u8> = match dtype {
             DType::Bf16 => values.iter().flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
-            DType::U16 => values.iter().flat_map(|x| (x.to_bits() as u16).to_le_bytes()).collect(),
             _ => values.iter().flat_map(|x| x.to_le_bytes()).collect(),
         };
         self.same(dtype, rows, cols, &bytes)
+    }
+
+    /// f32 masters, split as an update splits them: the weights, and the low halves. Halves drawn apart would not do: a
+    /// weight of 0 beside a low half of 0x8000 or more is no master's, but a NaN, whose bits no two processors agree on.
+    pub(super) fn same_masters(&mut self, rows: u64, cols: u64) -> Result<[Twin; 2]> {
+        let halves: Vec<_> = (0..rows * cols).map(|_| adamw::parts(self.noise())).collect();
+        let weights: Vec<bf16> = halves.iter().map(|(weight, _)| *weight).collect();
+        let low: Vec<u16> = halves.iter().map(|(_, low)| *low).collect();
+        Ok([
+            self.same(DType::Bf16, rows, cols, bytemuck::cast_slice(&weights))?,
+            self.same(DType::U16, rows, cols, bytemuck::cast_slice(&low))?,
+        ])
     }
 
     /// An output for [`Self::same`], NaN on both sides until it is written.

@@ -7,6 +7,7 @@ mod elementwise;
 mod layers;
 mod matmul;
 mod optimizer;
+pub mod repeat;
 mod rope;
 
 use longhaul::engine::backend::{ALIGNMENT, Backend, DType, Tensor, cpu::Cpu};
@@ -29,9 +30,13 @@ fn bench_f64(seed: u64) -> Bench<Cpu<f64>> {
 }
 
 impl<B: Backend> Bench<B> {
-    fn new(mut b: B, seed: u64) -> Self {
-        b.reserve(ARENA_BYTES, ARENA_BYTES).unwrap();
-        b.upload(Tensor::device(0, DType::U16, 1, ARENA_BYTES / 2), &vec![0xff; ARENA_BYTES as usize]).unwrap();
+    fn new(b: B, seed: u64) -> Self {
+        Self::sized(b, seed, ARENA_BYTES)
+    }
+
+    fn sized(mut b: B, seed: u64, bytes: u64) -> Self {
+        b.reserve(bytes, bytes).unwrap();
+        b.upload(Tensor::device(0, DType::U16, 1, bytes / 2), &vec![0xff; bytes as usize]).unwrap();
         Self { b, end: 0, random: Random(seed) }
     }
 

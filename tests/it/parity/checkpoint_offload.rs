@@ -5,6 +5,44 @@ use longhaul::plan::{Forced, Place, segments};
 use super::{assert_same_bits, documents, plain, run};
 use crate::support::model::config;
 
+/// `base` with every number of slots that carries the layers, in every place.
+pub fn slots_and_places(base: Forced, n_layers: u64) -> Vec<(String, Forced)> {
+    let mut choices = Vec::new();
+    for slots in segments::fewest_slots(n_layers)..=n_layers {
+        for place in [Place::Memory, Place::Disk] {
+            let forced = Forced { checkpoint_slots: Some(slots), place: Some(place), ..base };
+            choices.push((format!("{slots} slots, {place:?}"), forced));
+        }
+    }
+    choices
+}
+
+/// `base` with every number of slots, of which some rows, up to all, are in host memory.
+pub fn host_rows(base: Forced, n_layers: u64, tokens: u64) -> Vec<(String, Forced)> {
+    let mut choices = Vec::new();
+    for slots in segments::fewest_slots(n_layers)..=n_layers {
+        for rows in [1, 16, tokens + 7, slots * tokens - 1, slots * tokens] {
+            let forced = Forced { checkpoint_slots: Some(slots), checkpoint_host_rows: Some(rows), ..base };
+            choices.push((format!("{slots} slots, {rows} rows in host memory"), forced));
+        }
+    }
+    choices
+}
+
+/// `base` with intermediates of some of five layers kept: each kind alone, all, and mixtures.
+pub fn kept_sets(base: Forced) -> Vec<(String, Forced)> {
+    let of = |(attention, qkv, gate_up)| {
+        let forced = Forced {
+            kept_attention_layers: Some(attention),
+            kept_qkv_layers: Some(qkv),
+            kept_gate_up_layers: Some(gate_up),
+            ..base
+        };
+        (format!("kept {attention} {qkv} {gate_up}"), forced)
+    };
+    [(5, 0, 0), (0, 5, 0), (0, 0, 5), (5, 5, 5), (2, 3, 1), (3, 1, 4), (1, 0, 5), (4, 5, 0)].map(of).to_vec()
+}
+
 #[test]
 fn any_segment_starts_and_places_are_all_inputs_kept() {
     let config = config(false);
@@ -12,11 +50,8 @@ fn any_segment_starts_and_places_are_all_inputs_kept() {
     let n = tokens.ids.len() as u64;
     let base = Forced { chunk_tokens: Some(16), ..plain(n, &config) };
     let all = run(&config, base, &[tokens.batch()]);
-    for slots in segments::fewest_slots(config.n_layers)..=config.n_layers {
-        for place in [Place::Memory, Place::Disk] {
-            let forced = Forced { checkpoint_slots: Some(slots), place: Some(place), ..base };
-            assert_same_bits(&run(&config, forced, &[tokens.batch()]), &all, &format!("{slots} slots, {place:?}"));
-        }
+    for (what, forced) in slots_and_places(base, config.n_layers) {
+        assert_same_bits(&run(&config, forced, &[tokens.batch()]), &all, &what);
     }
 }
 
@@ -27,12 +62,8 @@ fn inputs_in_host_memory_are_inputs_on_the_device() {
     let n = tokens.ids.len() as u64;
     let base = Forced { chunk_tokens: Some(16), ..plain(n, &config) };
     let resident = run(&config, base, &[tokens.batch()]);
-    for slots in segments::fewest_slots(config.n_layers)..=config.n_layers {
-        for rows in [1, 16, n + 7, slots * n - 1, slots * n] {
-            let forced = Forced { checkpoint_slots: Some(slots), checkpoint_host_rows: Some(rows), ..base };
-            let what = format!("{slots} slots, {rows} rows in host memory");
-            assert_same_bits(&run(&config, forced, &[tokens.batch()]), &resident, &what);
-        }
+    for (what, forced) in host_rows(base, config.n_layers, n) {
+        assert_same_bits(&run(&config, forced, &[tokens.batch()]), &resident, &what);
     }
 }
 
@@ -44,17 +75,8 @@ fn any_kept_tensors_are_none_kept() {
     for slots in [2, config.n_layers] {
         let base = Forced { chunk_tokens: Some(16), checkpoint_slots: Some(slots), ..plain(n, &config) };
         let none = run(&config, base, &[tokens.batch()]);
-        for (attention, qkv, gate_up) in
-            [(5, 0, 0), (0, 5, 0), (0, 0, 5), (5, 5, 5), (2, 3, 1), (3, 1, 4), (1, 0, 5), (4, 5, 0)]
-        {
-            let forced = Forced {
-                kept_attention_layers: Some(attention),
-                kept_qkv_layers: Some(qkv),
-                kept_gate_up_layers: Some(gate_up),
-                ..base
-            };
-            let what = format!("{slots} slots, kept {attention} {qkv} {gate_up}");
-            assert_same_bits(&run(&config, forced, &[tokens.batch()]), &none, &what);
+        for (what, forced) in kept_sets(base) {
+            assert_same_bits(&run(&config, forced, &[tokens.batch()]), &none, &format!("{slots} slots, {what}"));
         }
     }
 }

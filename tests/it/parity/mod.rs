@@ -5,6 +5,7 @@ mod checkpoint_offload;
 mod chunks;
 mod gradients;
 mod optimizer_offload;
+pub mod plans;
 mod tiled_loss;
 mod tiled_mlp;
 

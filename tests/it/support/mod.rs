@@ -1,5 +1,6 @@
 //! What several tests need: folders that clean up after themselves, a private Postgres for the whole run, small models,
-//! the service in process, jobs and checkpoints in the store.
+//! sessions on any
+//! device, the service in process, jobs and checkpoints in the store.
 
 pub mod database;
 pub mod form;
@@ -8,6 +9,20 @@ pub mod rows;
 pub mod sandbox;
 pub mod server;
 pub mod service;
+pub mod stage;
+
+use std::path::{Path, PathBuf};
 
 pub use database::{Database, cluster_settings, database};
 pub use sandbox::Sandbox;
+
+/// Where the tree lies that this binary was built from, for files that tests read. The binary may have been carried to
+/// another machine: `LONGHAUL_TEST_DATA` names the tree there, and without it the working directory is tried.
+pub fn tree() -> PathBuf {
+    let built = Path::new(env!("CARGO_MANIFEST_DIR"));
+    match std::env::var_os("LONGHAUL_TEST_DATA") {
+        Some(named) => named.into(),
+        None if built.is_dir() => built.to_owned(),
+        None => PathBuf::from("."),
+    }
+}

@@ -87,11 +87,17 @@ pub fn write<B: Backend>(b: &mut B, to: Tensor, values: &[f64]) {
     b.upload(to, &bytes).expect("upload");
 }
 
-/// Reads a float tensor as numbers.
-pub fn read<B: Backend>(b: &mut B, from: Tensor) -> Vec<f64> {
+/// A tensor's bytes.
+pub fn read_bytes<B: Backend>(b: &mut B, from: Tensor) -> Vec<u8> {
     let mut bytes = vec![0; from.bytes() as usize];
     b.synchronize().expect("synchronize");
     b.download(from, &mut bytes).expect("download");
+    bytes
+}
+
+/// Reads a float tensor as numbers.
+pub fn read<B: Backend>(b: &mut B, from: Tensor) -> Vec<f64> {
+    let bytes = read_bytes(b, from);
     match from.dtype {
         DType::F64 => bytes.chunks_exact(8).map(|c| f64::from_le_bytes(c.try_into().unwrap())).collect(),
         DType::F32 => bytes.chunks_exact(4).map(|c| f32::from_le_bytes(c.try_into().unwrap()).into()).collect(),
@@ -116,16 +122,35 @@ impl Tokens {
         Self::of(&lengths.iter().map(document).collect::<Vec<Vec<i32>>>())
     }
 
+    /// One document with something to learn: every token is one of four that its predecessor allows.
+    pub fn chain(vocab: u64, length: u64, seed: u64) -> Self {
+        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1);
+        let mut token = random.next() % vocab;
+        let mut document = Vec::new();
+        for _ in 0..length {
+            document.push(token as i32);
+            token = (5 * token + 17 * (random.next() % 4) + 1) % vocab;
+        }
+        Self::of(&[document])
+    }
+
     /// These documents in one sequence: labels shifted, the last of each masked.
     pub fn of(documents: &[Vec<i32>]) -> Self {
+        Self::padded(documents, 1)
+    }
+
+    /// The same with every document padded at its end to a multiple of `pad_to` tokens.
+    pub fn padded(documents: &[Vec<i32>], pad_to: usize) -> Self {
         let mut out = Self { ids: vec![], labels: vec![], positions: vec![], documents: vec![] };
         for document in documents {
-            let (start, length) = (out.ids.len() as u64, document.len());
+            let start = out.ids.len();
+            let end = start + document.len().next_multiple_of(pad_to);
             out.ids.extend(document);
+            out.ids.resize(end, 0);
             out.labels.extend_from_slice(&document[1..]);
-            out.labels.push(-100);
-            out.positions.extend(0..length as i32);
-            out.documents.push(start..start + length as u64);
+            out.labels.resize(end, -100);
+            out.positions.extend(0..(end - start) as i32);
+            out.documents.push(start as u64..end as u64);
         }
         out
     }

@@ -3,6 +3,7 @@
 
 mod data;
 mod disk_full;
+pub mod killed;
 mod resume;
 mod steps;
 

@@ -67,7 +67,7 @@ impl Device {
     /// # Panics
     /// When they were taken before.
     pub(super) fn reserve(&mut self, bytes: u64, host_bytes: u64) -> Result {
-        assert!(self.memory.bytes == 0 && self.host.bytes == 0, "arenas are taken once");
+        assert!(self.memory.bytes == 0 && self.host.bytes == 0, "arenas are taken once, or released in between");
         self.bind()?;
         self.free_before = free_bytes();
         let lacking = |error: cudarc::driver::DriverError| {
@@ -81,6 +81,20 @@ impl Device {
             let pinned = Pinned::take(host_bytes)?;
             self.host = Block { start: pinned.address(), bytes: host_bytes };
             self.pinned = Some(pinned);
+        }
+        Ok(())
+    }
+
+    /// Gives both arenas back once nothing queued needs them. Others may then be taken, for another model: what the
+    /// libraries have loaded and planned stays.
+    pub fn release(&mut self) -> Result {
+        self.synchronize()?;
+        self.bind()?;
+        (self.host, self.pinned) = (Block::default(), None);
+        let memory = std::mem::take(&mut self.memory);
+        if memory.bytes > 0 {
+            // SAFETY: allocated in `reserve` and freed nowhere else; no stream has anything left that reads it.
+            unsafe { result::free_sync(memory.start) }.map_err(driver("free the arena"))?;
         }
         Ok(())
     }
@@ -239,15 +253,7 @@ impl Device {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        if self.synchronize().is_err() || self.bind().is_err() {
-            return;
-        }
-        // While the context that registered it is here.
-        self.pinned = None;
         // At the end of a process there is nobody left to tell; the driver takes the memory back in any case.
-        if self.memory.bytes > 0 {
-            // SAFETY: allocated in `reserve` and freed nowhere else; no stream has anything left that reads it.
-            let _ = unsafe { result::free_sync(self.memory.start) };
-        }
+        let _ = self.release();
     }
 }
