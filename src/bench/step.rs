@@ -205,6 +205,7 @@ struct Run<'a, B> {
 impl<'a, B: Backend> Run<'a, B> {
     fn new(backend: B, job: &'a Job<'a>) -> Result<Self> {
         let mut session = Session::new(backend, &job.plan, &job.config, job.scratch)?;
+        session.prepare(&[0..job.args.tokens])?;
         random::weights(&mut session)?;
         if let Some(proof) = proof(job) {
             session.prove_memory(proof);

@@ -173,13 +173,15 @@ fn host_memory_carries_what_a_gpu_cannot() {
     // With one GPU and 128 GiB beside it, less a tenth for others.
     assert!(of(113, Moments::F32, 1_500_000).is_ok());
     assert!(of(113, Moments::Bf16, 2_000_000).is_ok());
-    assert_eq!(of(113, Moments::F32, 2_600_000).unwrap_err().wall, "host memory");
+    let refused = of(113, Moments::F32, 2_600_000).unwrap_err();
+    let longest = refused.longest_tokens;
+    assert!((1_500_000..2_600_000).contains(&longest), "{longest}");
+    assert!(of(113, Moments::F32, longest).is_ok() && of(113, Moments::F32, longest + 128).is_err());
     // At 128K the attention of all layers is kept on the device because layer inputs are not.
     let plan = of(113, Moments::F32, 131_072).unwrap();
     assert_eq!(plan.choice.kept_attention_layers, model.n_layers);
     assert!(plan.choice.checkpoint_host_rows > 0 && plan.choice.optimizer_host_elements < model.n_params() / 4);
-    // Without host memory less is kept and it takes longer.
-    let alone = of(0, Moments::F32, 131_072).unwrap();
-    assert_eq!((alone.layout.host_bytes, alone.choice.optimizer_host_elements), (0, 0));
+    // With next to no host memory less is kept and it takes longer.
+    let alone = of(1, Moments::F32, 131_072).unwrap();
     assert!(alone.step_seconds > plan.step_seconds && alone.choice.kept_attention_layers < model.n_layers);
 }

@@ -123,12 +123,17 @@ pub fn project_q<B: Backend>(b: &mut B, x: Tensor, w: &Weights, work: &Work, q: 
     b.rope_split(Some(q), None, q_only, at.angles, at.heads)
 }
 
+/// Makes the backend ready for the chunk's attention, forward and backward.
+pub fn prepare<B: Backend>(b: &mut B, at: &Chunk) -> Result {
+    b.prepare_attention(at.heads, &at.window())
+}
+
 /// Attends the chunk's queries to all keys up to the chunk's end.
 pub fn attend<B: Backend>(b: &mut B, act: &Activations, kv: KeysValues, work: &Work, at: &Chunk) -> Result {
     if at.attends {
         return b.attention(act.o, act.lse, act.q, kv.k, kv.v, work.scratch, at.heads, &at.window());
     }
-    b.prepare_attention(at.heads, &at.window())?;
+    prepare(b, at)?;
     b.fill(act.o, 0.0)?;
     b.fill(act.lse, 0.0)
 }

@@ -133,6 +133,11 @@ impl Work {
         }
     }
 
+    /// Makes the backend ready for the attention of every chunk.
+    pub fn prepare<B: Backend>(&self, b: &mut B, sequence: Sequence) -> Result {
+        sequence.chunks(self.attention.norm.rows).try_for_each(|at| attention::prepare(b, &at))
+    }
+
     /// Forward over the whole sequence: `x` `[T, h]` becomes the layer's output. `put` sees each chunk's input rows before
     /// they are overwritten, which waits for the event that it answers.
     pub fn forward<B: Backend>(

@@ -98,6 +98,12 @@ impl Transformer {
         self.loss.forward_backward(b, self.sums, (x, labels), &self.head(), None)
     }
 
+    /// Makes the backend ready for sequences with documents like these, so that no step waits for it.
+    pub fn prepare<B: Backend>(&self, b: &mut B, documents: &[Range<u64>]) -> Result {
+        let tokens = documents.last().map_or(0, |document| document.end);
+        self.block.prepare(b, self.sequence(tokens, documents))
+    }
+
     fn head(&self) -> loss::Weights {
         loss::Weights { norm: self.weights.norm, head: self.weights.head }
     }
@@ -110,10 +116,14 @@ impl Transformer {
         let positions = self.positions.rows(0, tokens);
         b.upload(positions, bytemuck::cast_slice(batch.positions))?;
         b.rope_table(self.angles.rows(0, tokens), positions, &self.config.inverse_frequencies())?;
+        Ok(self.sequence(tokens, batch.documents))
+    }
+
+    fn sequence<'a>(&self, tokens: u64, documents: &'a [Range<u64>]) -> block::Sequence<'a> {
         let heads =
             Heads { n_heads: self.config.n_heads, n_kv_heads: self.config.n_kv_heads, head_dim: self.config.head_dim };
         let (angles, eps) = (self.angles, self.config.rms_norm_eps);
-        Ok(block::Sequence { tokens, documents: batch.documents, angles, heads, eps, attends_from: 0 })
+        block::Sequence { tokens, documents, angles, heads, eps, attends_from: 0 }
     }
 
     /// The sequence as a layer sees it.

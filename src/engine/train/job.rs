@@ -95,6 +95,9 @@ impl<B: Backend> Job<'_, B> {
         if self.progress.step == 0 {
             self.evaluate(observer)?;
         }
+        for (epoch, i) in self.data.order.of_step(self.progress.step + 1) {
+            self.session.prepare(&self.data.training.sequence(epoch, i).documents)?;
+        }
         // Whether the state in memory is already in a checkpoint folder.
         let mut written = self.run.resume_from.is_some();
         while self.progress.step < total {

@@ -1,6 +1,6 @@
 //! One rank's model on its device: takes sequences, gives numbers. Knows no files, no job, no schedule.
 
-use std::path::Path;
+use std::{ops::Range, path::Path};
 
 use super::bind::{Bound, bind};
 use crate::{
@@ -92,6 +92,11 @@ impl<B: Backend> Session<B> {
     /// Moments and low halves, a row a parameter: with the weights what a resumed run needs back, bit for bit.
     pub fn optimizer(&self) -> &OptimizerOffload {
         &self.bound.optimizer
+    }
+
+    /// Makes the backend ready for sequences with documents like these, so that no step waits for it.
+    pub fn prepare(&mut self, documents: &[Range<u64>]) -> Result {
+        self.bound.model.prepare(&mut self.backend, documents)
     }
 
     /// One optimizer step over these sequences: gradients of all of them, clipping, AdamW.

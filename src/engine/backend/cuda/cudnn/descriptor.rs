@@ -11,14 +11,14 @@ use cudarc::{
     driver::CudaStream,
 };
 
+use super::super::driver;
 use crate::engine::{Error, Result};
 
 /// An open cuDNN, bound to a stream.
 #[derive(Debug)]
 pub(super) struct Library {
     handle: cudnnHandle_t,
-    /// Kept so that the stream outlives the handle.
-    _stream: Arc<CudaStream>,
+    stream: Arc<CudaStream>,
 }
 
 impl Library {
@@ -26,7 +26,7 @@ impl Library {
         let mut handle = ptr::null_mut();
         // SAFETY: `libraries::open` found the library; the handle is written on success and destroyed in `drop`.
         check(unsafe { sys::cudnnCreate(&raw mut handle) }, || "cudnnCreate".to_owned())?;
-        let library = Self { handle, _stream: stream.clone() };
+        let library = Self { handle, stream: stream.clone() };
         // SAFETY: both are live; the stream type of the runtime is the driver's under another name.
         check(unsafe { sys::cudnnSetStream(library.handle, stream.cu_stream().cast()) }, || {
             "cudnnSetStream".to_owned()
@@ -37,6 +37,11 @@ impl Library {
     pub(super) fn version(&self) -> usize {
         // SAFETY: the library is open, and the call has no preconditions.
         unsafe { sys::cudnnGetVersion() }
+    }
+
+    /// Waits for everything queued on the stream.
+    pub(super) fn synchronize(&self) -> Result {
+        self.stream.synchronize().map_err(driver("wait for the device"))
     }
 
     pub(super) fn handle(&self) -> Handle {
