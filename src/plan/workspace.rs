@@ -5,9 +5,10 @@ use crate::domain::{ModelConfig, machine::DeviceKind};
 /// Measured: the kernels of cuBLASLt and cuDNN that a step loads, and local memory for them.
 const CUDA_MODULES_BYTES: u64 = 256 << 20;
 
-/// Keys of a block, and query heads times keys of a call, as `backend/cuda` cuts them.
+/// Keys of a block, query heads times keys of a call, and keys of a tile, as `backend/cuda` cuts them.
 const CUDA_BLOCK_KEYS: u64 = 1 << 16;
 const CUDA_HEAD_KEYS: u64 = 1 << 19;
+const CUDA_TILE_KEYS: u64 = 128;
 /// Measured: resident bytes of a process that has the driver, cuBLASLt and cuDNN loaded.
 const CUDA_HOST_BYTES: u64 = 544 << 20;
 
@@ -20,7 +21,7 @@ pub fn attention(model: &ModelConfig, device: DeviceKind, chunk: u64, tokens: u6
             // Backward, by block of keys: sums of dq twice over and a call's dq, its dk and dv and those of every query head,
             // and the library's slack.
             let align = |bytes: u64| bytes.next_multiple_of(256);
-            let block = tokens.min(CUDA_BLOCK_KEYS.max(chunk));
+            let block = tokens.min(CUDA_BLOCK_KEYS.max(chunk + CUDA_TILE_KEYS));
             let head_keys = (model.n_heads * block).min(CUDA_HEAD_KEYS.max(group * block));
             let gradients = align(head_keys.div_ceil(group) * model.head_dim * 2);
             let queries = chunk * model.n_heads * model.head_dim;

@@ -8,7 +8,7 @@ use std::{path::Path, process::Command};
 use longhaul::{
     cli::model::{Args, init},
     domain::ModelConfig,
-    engine::{checkpoint::huggingface, train::saved},
+    engine::{backend::AdamW, checkpoint::huggingface, train::saved},
     plan::Forced,
 };
 use serde::Deserialize;
@@ -31,8 +31,10 @@ const MEAN: f64 = 5e-3;
 /// Most that the mean of (ours - theirs) may move from the first ten steps to the last ten.
 const DRIFT: f64 = 2.5e-3;
 
-/// Sizes of a model with heads of 64, and tokens of a sequence.
+/// Sizes of a model with heads of 64, tokens of a sequence, and a learning rate at which rounding does not decide what is
+/// learned: at a larger one losses of the same training in bf16 and f32 part in a few steps.
 pub struct Sizes {
+    pub learning_rate: f64,
     pub layers: u64,
     pub hidden: u64,
     pub intermediate: u64,
@@ -80,6 +82,7 @@ pub fn beside_transformers<S: Stage>(stage: &mut S, device: &str, python: &Path,
     assert_eq!((config.head_dim, config.vocab_size), (64, sizes.vocab));
     let sequences: Vec<Tokens> = (1..=STEPS).map(|n| Tokens::chain(config.vocab_size, sizes.tokens, n)).collect();
 
+    let hyper = |step| AdamW { learning_rate: sizes.learning_rate, ..hyper(step) };
     let settings = hyper(1);
     let job = json!({
         "device": device, "learning_rate": settings.learning_rate, "beta1": settings.beta1, "beta2": settings.beta2,
@@ -118,7 +121,8 @@ pub fn beside_transformers<S: Stage>(stage: &mut S, device: &str, python: &Path,
         "ours_from_their_f32": apart(&ours, &theirs.f32), "theirs_from_their_f32": apart(&theirs.bf16, &theirs.f32),
         "ours": ours, "theirs": theirs.bf16,
     });
-    assert!(ours[ours.len() - 1] < 0.9 * ours[0], "it learns: {figures}");
+    let fallen = mean(ours[..5].iter().copied()) - mean(ours[ours.len() - 5..].iter().copied());
+    assert!(fallen > 10.0 * MEAN, "it learns: {figures}");
     assert!(apart_from_theirs <= MEAN && drift.abs() <= DRIFT, "{figures}");
     figures
 }
@@ -129,6 +133,15 @@ fn twenty_steps_are_transformers() {
         eprintln!("SKIPPED: {PYTHON} names no Python with torch and transformers; nothing was compared with them");
         return;
     };
-    let sizes = Sizes { layers: 2, hidden: 128, intermediate: 256, heads: 2, kv_heads: 1, vocab: 304, tokens: 256 };
+    let sizes = Sizes {
+        learning_rate: 1e-3,
+        layers: 2,
+        hidden: 128,
+        intermediate: 256,
+        heads: 2,
+        kv_heads: 1,
+        vocab: 304,
+        tokens: 256,
+    };
     eprintln!("{}", beside_transformers(&mut OnCpu, "cpu", Path::new(&python), &sizes));
 }

@@ -7,8 +7,16 @@ use std::path::PathBuf;
 use super::{Gpu, figures};
 use crate::twenty_steps::{PYTHON, Sizes, beside_transformers};
 
-const SIZES: Sizes =
-    Sizes { layers: 4, hidden: 512, intermediate: 1536, heads: 8, kv_heads: 4, vocab: 304, tokens: 2048 };
+const SIZES: Sizes = Sizes {
+    learning_rate: 2e-4,
+    layers: 4,
+    hidden: 512,
+    intermediate: 1536,
+    heads: 8,
+    kv_heads: 4,
+    vocab: 304,
+    tokens: 2048,
+};
 
 #[test]
 #[ignore = "needs an NVIDIA GPU"]

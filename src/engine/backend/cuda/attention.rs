@@ -3,7 +3,9 @@
 //!
 //! Forward is one causal call a fragment. Backward takes the keys before the fragment's own in blocks, which all its queries
 //! see, and then its own, causally: the library's causal backward computes every pair of a rectangle, also those behind the
-//! mask, and is best at squares. So neither the shapes that need a plan nor the workspace grow with the sequence.
+//! mask, and is best at squares. So neither the shapes that need a plan nor the workspace grow with the sequence. Blocks are
+//! whole tiles of the library's kernel: without a mask it takes what lies past the last key for scores of 0, whose
+//! exponential overflows where log-sum-exps are far below.
 
 use std::ops::Range;
 
@@ -26,6 +28,8 @@ const FORWARD_HEAD_KEYS: u64 = 1 << 20;
 const BACKWARD_HEAD_KEYS: u64 = 1 << 19;
 /// Keys of a block of backward: enough that reading queries anew for each does not count.
 const BLOCK_KEYS: u64 = 1 << 16;
+/// Keys of a tile of the library's backward.
+const TILE_KEYS: u64 = 128;
 /// What cuDNN's workspace for a backward call may need beyond the bf16 gradients of every query head.
 const LIBRARY_SLACK_BYTES: u64 = 1 << 20;
 /// Elements that one thread of attention_accumulate adds, and threads of its block.
@@ -79,15 +83,16 @@ fn forward_pieces(window: &Window) -> Vec<Piece> {
     window.documents.iter().filter_map(fragment).collect()
 }
 
-/// The same, keys in blocks: those before the fragment, and its own.
+/// The same, keys in blocks: those before the fragment, as far as they fill tiles, and then its own.
 fn backward_pieces(window: &Window) -> Vec<Piece> {
     let mut pieces = Vec::new();
     for Piece { queries, keys, .. } in forward_pieces(window) {
-        for block in (keys.start..queries.start).step_by(BLOCK_KEYS as usize) {
-            let keys = block..queries.start.min(block + BLOCK_KEYS);
+        let own = queries.start - (queries.start - keys.start) % TILE_KEYS;
+        for block in (keys.start..own).step_by(BLOCK_KEYS as usize) {
+            let keys = block..own.min(block + BLOCK_KEYS);
             pieces.push(Piece { queries: queries.clone(), keys, causal: false });
         }
-        pieces.push(Piece { keys: queries.clone(), queries, causal: true });
+        pieces.push(Piece { keys: own..queries.end, queries, causal: true });
     }
     pieces
 }
@@ -134,7 +139,7 @@ impl Regions {
         let Heads { n_heads, n_kv_heads, head_dim } = heads;
         let group = n_heads / n_kv_heads;
         let align = |bytes: u64| bytes.next_multiple_of(256);
-        let block = keys.min(BLOCK_KEYS.max(c));
+        let block = keys.min(BLOCK_KEYS.max(c + TILE_KEYS));
         let head_keys = (n_heads * block).min(BACKWARD_HEAD_KEYS.max(group * block));
         let gradients = align(head_keys.div_ceil(group) * head_dim * 2);
         let queries = c * n_heads * head_dim;
