@@ -17,7 +17,7 @@ use crate::{
         train::session::Session,
     },
     plan::{self, Forced, Gradients, Plan},
-    trainer::gpu,
+    trainer::gpu::{self, Stated},
 };
 
 /// Flags of `longhaul bench step`.
@@ -43,7 +43,7 @@ pub struct Args {
     pub steps: u64,
     /// f32 or bf16; on cuda bf16, elsewhere f32 by default
     #[arg(long)]
-    pub precision: Option<String>,
+    pub precision: Option<Precision>,
     /// Threads of the CPU backend; all cores by default
     #[arg(long)]
     pub threads: Option<usize>,
@@ -62,10 +62,6 @@ pub struct Args {
     /// Gradients kept as wide or as storage, instead of the planner's choice
     #[arg(long)]
     pub gradients: Option<String>,
-    /// Folder that holds cuDNN's and cuBLASLt's libraries, when they are neither on the library path nor among python3's
-    /// packages
-    #[arg(long, value_name = "FOLDER")]
-    pub libraries: Vec<std::path::PathBuf>,
 }
 
 /// What is run where.
@@ -78,15 +74,15 @@ struct Job<'a> {
     scratch: &'a Path,
 }
 
-/// Runs the steps and writes a line each to `out`. `host` is this machine without its GPUs.
-pub fn run(args: &Args, host: &Machine, scratch: &Path, out: &mut impl Write) -> Result {
+/// Runs the steps and writes a line each to `out`. `host` is this machine without its GPUs, `stated` what is said of those.
+pub fn run(args: &Args, host: &Machine, stated: &Stated, scratch: &Path, out: &mut impl Write) -> Result {
     if args.gpus != 1 {
         return Err(Invalid::new("--gpus", "more than one rank is not there yet: use --gpus 1").into());
     }
     let config = shape(args)?;
     match args.device.as_str() {
         "cpu" => {
-            let precision = precision(args, "f32")?;
+            let precision = args.precision.unwrap_or(Precision::of(DeviceKind::Cpu));
             let job = planned(args, config, host.clone(), precision, scratch)?;
             match precision {
                 Precision::F32 => steps(Cpu::<f32>::new(threads(args))?, &job, out)?,
@@ -94,25 +90,17 @@ pub fn run(args: &Args, host: &Machine, scratch: &Path, out: &mut impl Write) ->
             }
         }
         "cuda" => {
-            if precision(args, "bf16")? != Precision::Bf16 {
+            if args.precision == Some(Precision::F32) {
                 return Err(Invalid::new("--precision", "a GPU trains in bf16: leave --precision out").into());
             }
-            let cuda = Cuda::open(0, &args.libraries)?;
-            let machine = gpu::machine(&cuda, host)?;
+            let cuda = Cuda::open(0, stated.libraries)?;
+            let machine = gpu::machine(&cuda, host, stated)?;
             let job = planned(args, config, machine, Precision::Bf16, scratch)?;
             steps(cuda, &job, out)?;
         }
         other => return Err(Invalid::new("--device", format!("device is cpu or cuda, not {other}")).into()),
     }
     Ok(())
-}
-
-fn precision(args: &Args, default: &str) -> Result<Precision> {
-    match args.precision.as_deref().unwrap_or(default) {
-        "f32" => Ok(Precision::F32),
-        "bf16" => Ok(Precision::Bf16),
-        other => Err(Invalid::new("--precision", format!("precision is f32 or bf16, not {other}")).into()),
-    }
 }
 
 fn planned<'a>(

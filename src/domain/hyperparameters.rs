@@ -179,8 +179,8 @@ fn read_training(fields: &Fields, spec: &mut TrainingSpec) -> Result<(), Invalid
     set(&mut spec.long_documents, fields.word("long_documents", &long)?);
     let schedules = [("constant", Schedule::Constant), ("linear", Schedule::Linear), ("cosine", Schedule::Cosine)];
     set(&mut spec.schedule, fields.word("schedule", &schedules)?);
-    set(&mut spec.precision, fields.word("precision", &[("f32", Precision::F32), ("bf16", Precision::Bf16)])?);
-    spec.device = fields.word("device", &[("cpu", DeviceKind::Cpu), ("cuda", DeviceKind::Cuda)])?;
+    spec.precision = fields.word("precision", &Precision::WORDS)?;
+    spec.device = fields.word("device", &DeviceKind::WORDS)?;
     Ok(())
 }
 

@@ -6,12 +6,14 @@
 #![expect(unreachable_pub, reason = "modules of a test binary share through pub")]
 
 mod bad_input;
+mod devices;
 mod floors;
 mod golden;
 mod http;
 mod job_request;
 mod journey;
 mod kernels;
+mod machine;
 mod openapi;
 mod operations;
 mod optim;
