@@ -1,8 +1,8 @@
 //! Which devices this host has now: asked of a child process, since only a trainer's own program may open a GPU.
 //!
 //! A driver that hangs, a library that ends its process: each takes `longhaul machine` with it and not the executor. Nobody
-//! looks while a trainer runs. It would take memory that the trainer's plan counts on, and find little of the memory free;
-//! a GPU that fails then fails its trainer, and that is followed by a look.
+//! looks while a GPU trains. It would take memory that the trainer's plan counts on, and find little of the memory free; a
+//! GPU that fails then fails its trainer, and that is followed by a look.
 
 use std::{process::Stdio, time::Duration};
 
@@ -109,16 +109,17 @@ impl Looker {
     /// Asks the child, and publishes what is known then. Without an answer that is the CPU alone: a trainer would open the
     /// GPU no better than the child did.
     pub(super) async fn look(&mut self, context: &Context) {
-        let Some(found) = context.stop.run_until_cancelled(ask(&context.settings)).await else { return };
+        let memory = context.devices.borrow().cpu.device_bytes;
+        let Some(found) = context.stop.run_until_cancelled(ask(&context.settings, memory)).await else { return };
         let failed = found.is_err();
         let (gpus, without) = match found {
             Ok(found) => (found.machines, found.without_cuda),
             Err(why) => (Vec::new(), Some(why)),
         };
         let gpus: Vec<Machine> = gpus.into_iter().filter(|machine| machine.device == DeviceKind::Cuda).collect();
-        self.say(&gpus, without.as_deref(), failed);
+        let had_gpus = context.devices.borrow().had_gpus || !gpus.is_empty();
+        self.say(&gpus, without.as_deref(), failed, had_gpus);
         context.devices.send_if_modified(|devices| {
-            let had_gpus = devices.had_gpus || !gpus.is_empty();
             let new = Devices { cpu: devices.cpu.clone(), gpus, had_gpus };
             let modified = *devices != new;
             *devices = new;
@@ -127,7 +128,7 @@ impl Looker {
         self.next = Some(Instant::now() + if failed { FAILED_AGAIN } else { LOOK_AGAIN });
     }
 
-    fn say(&mut self, gpus: &[Machine], without: Option<&str>, failed: bool) {
+    fn say(&mut self, gpus: &[Machine], without: Option<&str>, failed: bool, had_gpus: bool) {
         let names: Vec<&str> = gpus.iter().map(|gpu| gpu.device_name.as_str()).collect();
         let said = format!("{names:?} {without:?}");
         if std::mem::replace(&mut self.said, said.clone()) == said {
@@ -135,18 +136,26 @@ impl Looker {
         }
         let why = without.unwrap_or_default();
         match (gpus, failed) {
-            ([], true) => tracing::warn!(why, "the look for GPUs failed; it is tried again"),
+            ([], _) if had_gpus => tracing::warn!(why, "the GPUs are gone; jobs that take any device wait for them"),
+            ([], true) => tracing::warn!(why, "the look for GPUs failed; jobs train on the CPU until it succeeds"),
             ([], false) => tracing::info!(why, "no GPU is used; jobs train on the CPU"),
             _ => tracing::info!(gpus = names.join(", "), why, "GPUs found"),
         }
     }
 }
 
-/// What `longhaul machine` answers in time, or one line about why it did not.
-async fn ask(settings: &Settings) -> Result<Found, String> {
+/// What `longhaul machine` answers in time, or one line about why it did not. The host's `memory` is what it was when the
+/// executor started: a training on the CPU may have taken it by now.
+async fn ask(settings: &Settings, memory: u64) -> Result<Found, String> {
     let mut command = Command::new(&settings.program);
     command.arg("machine").arg("--data").arg(&settings.work_folder).arg("--machine-file").arg(&settings.machine_file);
-    flags(&mut command, settings);
+    command.arg("--memory").arg(memory.to_string());
+    for folder in &settings.libraries {
+        command.arg("--libraries").arg(folder);
+    }
+    if let Some(bytes) = settings.device_memory {
+        command.arg("--device-memory").arg(bytes.to_string());
+    }
     let child = command
         .current_dir(&settings.work_folder)
         .env_remove("DATABASE_URL")
@@ -166,20 +175,10 @@ async fn ask(settings: &Settings) -> Result<Found, String> {
     group.0 = None;
     let status = status.map_err(|error| format!("longhaul machine: {error}"))?;
     if !status.success() {
-        return Err(format!("longhaul machine ended with {status}: {}", complaint.trim()));
+        let complaint = complaint.split_whitespace().collect::<Vec<_>>().join(" ");
+        return Err(format!("longhaul machine ended with {status}: {complaint}"));
     }
     serde_json::from_str(&answer).map_err(|error| format!("longhaul machine gave an answer that is none: {error}"))
-}
-
-fn flags(command: &mut Command, settings: &Settings) {
-    for folder in &settings.libraries {
-        command.arg("--libraries").arg(folder);
-    }
-    for (flag, bytes) in [("--memory", settings.memory), ("--device-memory", settings.device_memory)] {
-        if let Some(bytes) = bytes {
-            command.arg(flag).arg(bytes.to_string());
-        }
-    }
 }
 
 /// The first bytes of what a child writes, at most so many; the rest is read and forgotten.

@@ -4,17 +4,26 @@
 
 use std::{collections::HashMap, panic, sync::Arc, time::Duration};
 
-use tokio::task::{Id, JoinError, JoinSet};
+use tokio::{
+    task::{Id, JoinError, JoinSet},
+    time::Instant,
+};
 
 use super::{
     Context, attempt,
     devices::{Looker, Seat, seat_for},
     models,
 };
-use crate::store::queue::{Claim, Claimant, Settlement, Work};
+use crate::{
+    domain::machine::DeviceKind,
+    store::queue::{Claim, Claimant, Settlement, Work},
+};
 
 /// Pause between two looks for work where no hint comes.
 const POLL: Duration = Duration::from_secs(2);
+/// How long a GPU on which an attempt failed is left alone while others train and nobody can look at it: one that is broken
+/// would go through the queue in minutes.
+const REST: Duration = Duration::from_mins(10);
 
 /// A claim, where it is worked on, and when it was asked for.
 struct Taken {
@@ -39,17 +48,22 @@ pub(super) async fn inspect(context: Arc<Context>) {
     }
 }
 
-/// Trains on every device that is free, and looks for GPUs while none is in use.
+/// Trains on every device that is free, and looks for GPUs while none of them is in use.
 pub(super) async fn train(context: Arc<Context>, mut looker: Looker) {
     let mut running = JoinSet::new();
     let mut seats: HashMap<Id, Seat> = HashMap::new();
+    let mut resting: HashMap<usize, Instant> = HashMap::new();
     while !context.stop.is_cancelled() {
         let hinted = context.hints.notified();
-        if seats.is_empty() && looker.is_due() {
+        let gpus_train = seats.values().any(|seat| seat.machine.device == DeviceKind::Cuda);
+        if !gpus_train && looker.is_due() {
             looker.look(&context).await;
+            resting.clear();
         }
         let busy: Vec<Seat> = seats.values().cloned().collect();
-        let free = context.devices.borrow().free(&busy);
+        let mut free = context.devices.borrow().free(&busy);
+        resting.retain(|_, end| Instant::now() < *end);
+        free.retain(|seat| seat.machine.device == DeviceKind::Cpu || !resting.contains_key(&seat.gpu));
         if let Some(taken) = take(&context, Work::Train, &free).await {
             let (seat, context) = (taken.seat.clone(), Arc::clone(&context));
             let work = async move { attempt::run(&context, &taken.claim, &taken.seat, taken.asked).await };
@@ -61,9 +75,11 @@ pub(super) async fn train(context: Arc<Context>, mut looker: Looker) {
             _ = context.pause(POLL) => {}
             Some(ended) = running.join_next_with_id(), if !running.is_empty() => {
                 let (id, went_well) = finished(ended);
-                seats.remove(&id);
+                let seat = seats.remove(&id);
                 if !went_well {
                     looker.doubt();
+                    let gpu = seat.filter(|seat| seat.machine.device == DeviceKind::Cuda).map(|seat| seat.gpu);
+                    resting.extend(gpu.map(|gpu| (gpu, Instant::now() + REST)));
                 }
             }
         }

@@ -278,9 +278,10 @@ async fn a_gpu_that_went_away_is_waited_for() {
 
     host.has(&[gpu(GIB)]);
     let cpu = host.job(json!({"device": "cpu"})).await;
-    let orders = host.ordered(2).await;
-    let on_cpu = orders.iter().find(|(job, _)| *job == cpu).expect("the CPU trains what is the CPU's");
-    assert_eq!(on_cpu.1["machine"]["device"], "cpu");
+    let on_cpu = eventually("the CPU to train what is the CPU's", async || {
+        host.orders().into_iter().find(|(job, _)| *job == cpu)
+    });
+    assert_eq!(on_cpu.await.1["machine"]["device"], "cpu");
     host.publishes(&[Cuda, Cpu]).await;
     let third =
         eventually("the job that waited", async || host.orders().into_iter().filter(|(job, _)| *job == any).nth(1));

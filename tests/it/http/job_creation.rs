@@ -181,8 +181,8 @@ async fn a_job_is_held_against_the_device_that_would_train_it() {
     let service = Service::new("device").await;
     let file = service.upload("a.txt", b"text").await;
     let post = async |training: Value| service.post(JOBS, &body(&file, json!({"training": training}))).await;
-    let long = 1 << 16;
-    service.host(GIB).await;
+    let long = 1 << 22;
+    service.host(256 * GIB).await;
     let cuda = json!({"device": "cuda"});
     let error = post(cuda.clone()).await.error(400, "training.device");
     assert!(error["message"].as_str().unwrap().contains("has a GPU"), "{error}");
@@ -190,7 +190,7 @@ async fn a_job_is_held_against_the_device_that_would_train_it() {
 
     // A host with a small GPU beside large memory: who asks for the GPU, or for nothing, is bound by the GPU's memory.
     sqlx::Executor::execute(&mut service.database.connection().await, "DELETE FROM hosts").await.unwrap();
-    service.host_with(&[gpu(96 << 20), machine(GIB)]).await;
+    service.host_with(&[gpu(512 << 20), machine(256 * GIB)]).await;
     let echoed = post(cuda).await.json();
     assert_eq!((&echoed["training"]["device"], &echoed["training"]["precision"]), (&json!("cuda"), &Value::Null));
     for training in [json!({"sequence_length": long}), json!({"sequence_length": long, "device": "cuda"})] {
