@@ -46,7 +46,12 @@ fn fits_somewhere(hosts: &[Host], model: &str, training: &TrainingSpec) -> Resul
         return Err(no_device(wanted));
     }
     let mut nearest: Option<plan::Refusal> = None;
+    let mut unfit = Ok(Vec::new());
     for (machine, config) in candidates {
+        if let Err(refusal) = config.check_on(machine.device) {
+            unfit = Err(refusal);
+            continue;
+        }
         match ask_for_plan(config, training, machine) {
             Ok(_) => return Ok(notes(config, training)),
             Err(refusal) if nearest.as_ref().is_none_or(|other| refusal.longest_tokens > other.longest_tokens) => {
@@ -55,7 +60,7 @@ fn fits_somewhere(hosts: &[Host], model: &str, training: &TrainingSpec) -> Resul
             Err(_) => {}
         }
     }
-    nearest.map_or(Ok(Vec::new()), |refusal| Err(refusal.into()))
+    nearest.map_or(unfit, |refusal| Err(refusal.into()))
 }
 
 /// One plan for one machine: for the length asked for, or for a short one where the data decides the length.

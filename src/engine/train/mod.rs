@@ -53,6 +53,7 @@ pub enum Outcome {
 pub fn train(run: &RunSpec, observer: &mut dyn Observer) -> Result<Outcome> {
     job::prepare(&run.work_dir)?;
     let config = ModelConfig::from_config_text(&huggingface::config_text(&run.model)?)?;
+    config.check_on(run.machine.device)?;
     let (data, plan) = prepare::data_and_plan(run, &config, observer)?;
     observer.data(&prepare::summary(&data));
     if run.inspect_only {

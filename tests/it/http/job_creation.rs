@@ -181,7 +181,7 @@ async fn a_job_is_held_against_the_device_that_would_train_it() {
     let service = Service::new("device").await;
     let file = service.upload("a.txt", b"text").await;
     let post = async |training: Value| service.post(JOBS, &body(&file, json!({"training": training}))).await;
-    let long = 1 << 22;
+    let long = 1 << 24;
     service.host(256 * GIB).await;
     let cuda = json!({"device": "cuda"});
     let error = post(cuda.clone()).await.error(400, "training.device");
@@ -202,6 +202,12 @@ async fn a_job_is_held_against_the_device_that_would_train_it() {
     assert_eq!((&echoed["training"]["device"], &echoed["training"]["precision"]), (&Value::Null, &json!("f32")));
     let error = post(json!({"precision": "f32", "device": "cuda"})).await.error(400, "training.precision");
     assert!(error["message"].as_str().unwrap().contains("bf16"), "{error}");
+
+    let odd = "UPDATE hosts SET models = jsonb_set(models, '{0,config,head_dim}', '12')";
+    sqlx::Executor::execute(&mut service.database.connection().await, odd).await.unwrap();
+    let error = post(json!({})).await.error(400, "training.device");
+    assert!(error["message"].as_str().unwrap().contains("heads of 12"), "{error}");
+    post(json!({"device": "cpu"})).await.json();
 }
 
 #[tokio::test]
