@@ -56,11 +56,15 @@ pub(super) async fn run(context: &Arc<Context>, claim: &Claim, seat: &Seat, aske
     !matches!(settlement, Settlement::Retry { .. })
 }
 
-/// Removes the job's folder unless this host will most likely need it again.
+/// Lets go of the job's folder: it is removed unless this host works on the job again already, or most likely will.
 async fn clear(context: &Context, claim: &Claim) {
+    let mut held = context.held.lock().await;
+    if let Some(own) = held.iter().position(|job| *job == claim.job) {
+        held.swap_remove(own);
+    }
     let job = context.store.job(&claim.job).await;
     let goes_on = job.is_ok_and(|job| job.is_some_and(|job| job.status == JobStatus::Queued));
-    if goes_on {
+    if goes_on || held.contains(&claim.job) {
         return;
     }
     if let Err(error) = prepare::remove(&prepare::folder(context, &claim.job)).await {

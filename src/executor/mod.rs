@@ -11,14 +11,14 @@ use std::{
 };
 
 use tokio::{
-    sync::{Notify, watch},
+    sync::{Mutex, Notify, watch},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 
 use self::devices::{Devices, Looker};
 use crate::{
-    domain::{ExecutorId, Invalid},
+    domain::{ExecutorId, Invalid, JobId},
     store::{Store, hosts::NewHost, retention::GARBAGE_AGE},
 };
 
@@ -86,6 +86,9 @@ struct Context {
     settings: Settings,
     id: ExecutorId,
     devices: watch::Sender<Devices>,
+    /// Jobs that are worked on here, once for each attempt. Claims and the end of attempts go one after another under this
+    /// lock, so that no job's folder is removed under the attempt that follows.
+    held: Mutex<Vec<JobId>>,
     /// Some job may have changed.
     hints: Notify,
     stop: CancellationToken,
@@ -99,7 +102,8 @@ pub async fn run(store: Store, settings: Settings, stop: CancellationToken) -> R
     let id = ExecutorId::random();
     tracing::info!(executor = %id, device = cpu.device_name, bytes = cpu.device_bytes, "executor started");
     let devices = watch::Sender::new(Devices::without_gpus(cpu));
-    let context = Arc::new(Context { store, settings, id, devices, hints: Notify::new(), stop });
+    let context =
+        Arc::new(Context { store, settings, id, devices, held: Mutex::default(), hints: Notify::new(), stop });
     // Before anything is published or claimed: a job that takes any device must not land on the CPU for want of a look.
     let mut looker = Looker::default();
     looker.look(&context).await;

@@ -105,6 +105,7 @@ async fn take(context: &Context, work: Work, seats: &[Seat]) -> Option<Taken> {
     let claimant =
         Claimant { executor: &context.id, lease: context.settings.lease, models: &models, devices: &devices };
     let asked = std::time::Instant::now();
+    let mut held = context.held.lock().await;
     let claim = match context.store.claim_job(work, &claimant).await {
         Ok(claim) => claim?,
         Err(error) => {
@@ -113,6 +114,7 @@ async fn take(context: &Context, work: Work, seats: &[Seat]) -> Option<Taken> {
         }
     };
     if let Some(seat) = seat_for(seats, claim.training.wanted_device()) {
+        held.push(claim.job.clone());
         return Some(Taken { claim, seat, asked });
     }
     // The wishes were those of these seats, so this is a job of a newer version's making.

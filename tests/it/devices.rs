@@ -290,6 +290,21 @@ async fn a_gpu_that_went_away_is_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn a_job_keeps_its_folder_from_inspection_to_training() {
+    let mut host = Host::new("folder").await;
+    host.has(&[]);
+    host.start();
+    host.publishes(&[DeviceKind::Cpu]).await;
+    for n in 1..=30 {
+        let job = host.job(json!({})).await;
+        fs::write(host.file("end").join(&job), "").unwrap();
+        assert_eq!(host.ends(&job).await["error"]["code"], "enough");
+        assert_eq!(host.service.count("jobs WHERE attempts = 1").await, n, "each was trained at the first attempt");
+    }
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_gpu_that_no_trainer_can_open_fails_its_job_with_the_reason() {
     if PathBuf::from("/dev/nvidia0").exists() {
         return;
