@@ -2,7 +2,11 @@
 //!
 //! Out: one [`Cli`], parsed. What the values mean is checked by the role that they are for.
 
-use std::{net::SocketAddr, path::PathBuf, time::Duration};
+use std::{
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use clap::{Parser, Subcommand};
 
@@ -38,7 +42,11 @@ pub enum Role {
     #[command(hide = true)]
     Train,
     /// What this machine would do about a model and a sequence length
-    Plan(plan::Args),
+    Plan(Stating<plan::Args>),
+    /// What this host can train on, as JSON
+    Machine(Stating<Nothing>),
+    /// Measure a device's speeds, for the planner
+    Calibrate(Here<bench::calibrate::Args>),
     /// Measure a training step on random weights
     #[command(subcommand)]
     Bench(Bench),
@@ -120,9 +128,78 @@ pub struct Executor {
     /// Seconds that a trainer may take to write a checkpoint when the server is stopped
     #[arg(long, env = "LONGHAUL_GRACE", default_value = "60", value_parser = seconds, value_name = "SECONDS")]
     pub grace: Duration,
-    /// Bytes of memory that a trainer may use; by default what is free, less a tenth
-    #[arg(long, env = "LONGHAUL_MEMORY", value_name = "BYTES")]
+    /// Seconds that a look for GPUs may take before it is given up and tried again
+    #[arg(long, env = "LONGHAUL_MACHINE_TIMEOUT", default_value = "60", value_parser = seconds, value_name = "SECONDS")]
+    pub machine_timeout: Duration,
+    #[command(flatten)]
+    pub sizes: Sizes,
+    #[command(flatten)]
+    pub devices: Devices,
+}
+
+/// How much of this host may be used, where less than it has.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Sizes {
+    /// Bytes of the host's memory that a trainer may use; by default what is free, less a tenth
+    #[arg(long, env = "LONGHAUL_MEMORY", value_parser = bytes, value_name = "BYTES")]
     pub memory: Option<u64>,
+    /// Bytes of a GPU's memory that a trainer may use; by default what is free, less a margin
+    #[arg(long, env = "LONGHAUL_DEVICE_MEMORY", value_parser = bytes, value_name = "BYTES")]
+    pub device_memory: Option<u64>,
+}
+
+/// How this host's devices are found, and how fast they are.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Devices {
+    /// Folder that holds cuDNN's and cuBLASLt's libraries, when they are neither on the library path nor among python3's
+    /// packages; several are given one by one or with : between them
+    #[arg(long, env = "LONGHAUL_LIBRARIES", value_delimiter = ':', value_name = "FOLDER")]
+    pub libraries: Vec<PathBuf>,
+    /// File of measured speeds, which longhaul calibrate writes; machine.json in the data folder by default
+    #[arg(long, env = "LONGHAUL_MACHINE_FILE", value_name = "FILE")]
+    pub machine_file: Option<PathBuf>,
+}
+
+impl Devices {
+    /// Where measured speeds are kept.
+    pub fn machine_file(&self, data: &Path) -> PathBuf {
+        self.machine_file.clone().unwrap_or_else(|| data.join("machine.json"))
+    }
+}
+
+/// A command that looks at this host.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Here<A: clap::Args> {
+    #[command(flatten)]
+    pub args: A,
+    #[command(flatten)]
+    pub devices: Devices,
+    /// Folder that a server of this host keeps its things in
+    #[arg(long, env = "LONGHAUL_DATA", default_value = ".longhaul", value_name = "DIR")]
+    pub data: PathBuf,
+}
+
+/// A command that looks at this host and may be told how much of it counts.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Stating<A: clap::Args> {
+    #[command(flatten)]
+    pub here: Here<A>,
+    #[command(flatten)]
+    pub sizes: Sizes,
+}
+
+/// No flags of a command's own.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Nothing {}
+
+/// Less than this is a slip: a number of GiB, say.
+const LEAST_BYTES: u64 = 64 << 20;
+
+fn bytes(text: &str) -> Result<u64, String> {
+    match text.parse::<u64>() {
+        Ok(n) if n >= LEAST_BYTES => Ok(n),
+        _ => Err(format!("must be a number of bytes, {LEAST_BYTES} (64 MiB) or more")),
+    }
 }
 
 fn seconds(text: &str) -> Result<Duration, String> {
@@ -138,7 +215,7 @@ pub enum Bench {
     /// Operations of the CUDA backend against the CPU reference, and their speed
     Ops(bench::ops::Args),
     /// Optimizer steps, one JSON line each
-    Step(bench::step::Args),
+    Step(Here<bench::step::Args>),
 }
 
 /// What is done with a model folder.

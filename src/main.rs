@@ -9,11 +9,12 @@ use clap::Parser;
 use longhaul::{
     bench, cli,
     client::{self, download, http::Client, jobs, upload, watch},
-    config::{Bench, Cli, Model, Remote, Role},
-    domain::ModelConfig,
+    config::{Bench, Cli, Here, Model, Remote, Role, Sizes, Stating},
+    domain::{Machine, ModelConfig, machine::MachineFile},
     engine::{self, checkpoint::huggingface},
     executor::host,
-    telemetry, trainer,
+    telemetry,
+    trainer::{self, gpu::Stated},
 };
 
 fn main() -> ExitCode {
@@ -25,14 +26,16 @@ fn main() -> ExitCode {
         Role::Serve(args) => ended(cli::serve::run(&args, std::env::var_os("PATH").unwrap_or_default())),
         Role::Execute(args) => ended(cli::serve::execute(&args)),
         Role::Train => ended(trainer::run(io::BufReader::new(io::stdin()), io::stdout())),
-        Role::Plan(args) => {
-            let machine = host::cpu(&std::env::temp_dir());
-            ended(cli::plan::run(&args, &machine, read_config, &mut io::stdout()))
+        Role::Plan(Stating { here, sizes }) => ended(at(&here, Some(&sizes), |host, stated| {
+            cli::plan::run(&here.args, host, stated, read_config, &mut io::stdout())
+        })),
+        Role::Machine(Stating { here, sizes }) => {
+            ended(at(&here, Some(&sizes), |host, stated| cli::machine::run(host, stated, &mut io::stdout())))
         }
-        Role::Bench(Bench::Step(args)) => {
-            let scratch = std::env::temp_dir();
-            ended(bench::step::run(&args, &host::cpu(&scratch), &scratch, &mut io::stdout()))
-        }
+        Role::Calibrate(here) => ended(calibrate(&here)),
+        Role::Bench(Bench::Step(here)) => ended(at(&here, None, |host, stated| {
+            bench::step::run(&here.args, host, stated, &std::env::temp_dir(), &mut io::stdout())
+        })),
         Role::Bench(Bench::Ops(args)) => ended(bench::ops::run(&args, &mut io::stdout())),
         Role::Model(Model::Init(args)) => ended(cli::model::init(&args)),
         Role::Upload(remote) => ask(&remote, upload::run),
@@ -40,6 +43,30 @@ fn main() -> ExitCode {
         Role::Watch(remote) => ask(&remote, watch::run),
         Role::Download(remote) => ask(&remote, download::run),
     }
+}
+
+/// Does something with what this host has, and with what is said of it.
+fn at<A: clap::Args>(
+    here: &Here<A>,
+    sizes: Option<&Sizes>,
+    work: impl FnOnce(&Machine, &Stated) -> engine::Result,
+) -> engine::Result {
+    let file = host::machine_file(&here.devices.machine_file(&here.data))?;
+    let host = host::cpu(&here.data, sizes.and_then(|sizes| sizes.memory), &file);
+    let device_memory = sizes.and_then(|sizes| sizes.device_memory);
+    work(&host, &Stated { libraries: &here.devices.libraries, device_memory, file: &file })
+}
+
+/// Measures a device of this host. A machine file that cannot be read is no obstacle: it is what is written anew.
+fn calibrate(here: &Here<bench::calibrate::Args>) -> engine::Result {
+    let machine_file = &here.devices.machine_file(&here.data);
+    let file = host::machine_file(machine_file).unwrap_or_else(|error| {
+        tracing::warn!(%error, "the old machine file is replaced");
+        MachineFile::default()
+    });
+    let stated = Stated { libraries: &here.devices.libraries, device_memory: None, file: &file };
+    let folders = bench::calibrate::Folders { scratch: &here.data, machine_file };
+    bench::calibrate::run(&here.args, &host::cpu(&here.data, None, &file), &stated, folders, &mut io::stdout())
 }
 
 /// Runs a client command.

@@ -4,7 +4,10 @@
 //! names the longest that would. Documents are not measured here: an executor does that while it validates the files.
 
 use crate::{
-    domain::{BaseModel, Event, Invalid, JobRequest, Level, Machine, ModelConfig, TrainingSpec, machine::DeviceKind},
+    domain::{
+        BaseModel, Event, Invalid, JobRequest, Level, Machine, ModelConfig, TrainingSpec,
+        machine::{DeviceKind, usable},
+    },
     plan,
     store::{Store, hosts::Host},
 };
@@ -34,16 +37,21 @@ pub async fn ask_live_hosts(store: &Store, asked: &JobRequest) -> Result<Vec<Eve
 }
 
 fn fits_somewhere(hosts: &[Host], model: &str, training: &TrainingSpec) -> Result<Vec<Event>, Invalid> {
-    let candidates = machines_with(hosts, model)?;
-    let usable: Vec<_> = candidates
-        .iter()
-        .filter(|(machine, _)| training.device.is_none_or(|device| machine.device == device))
+    let wanted = training.wanted_device();
+    let candidates: Vec<(&Machine, &ModelConfig)> = hosts_with(hosts, model)?
+        .into_iter()
+        .flat_map(|(host, config)| usable(&host.machines, wanted).map(move |machine| (machine, config)))
         .collect();
-    if usable.is_empty() {
-        return Err(no_device(training.device));
+    if candidates.is_empty() {
+        return Err(no_device(wanted));
     }
     let mut nearest: Option<plan::Refusal> = None;
-    for (machine, config) in usable {
+    let mut unfit = Ok(Vec::new());
+    for (machine, config) in candidates {
+        if let Err(refusal) = config.check_on(machine.device) {
+            unfit = Err(refusal);
+            continue;
+        }
         match ask_for_plan(config, training, machine) {
             Ok(_) => return Ok(notes(config, training)),
             Err(refusal) if nearest.as_ref().is_none_or(|other| refusal.longest_tokens > other.longest_tokens) => {
@@ -52,7 +60,7 @@ fn fits_somewhere(hosts: &[Host], model: &str, training: &TrainingSpec) -> Resul
             Err(_) => {}
         }
     }
-    nearest.map_or(Ok(Vec::new()), |refusal| Err(refusal.into()))
+    nearest.map_or(unfit, |refusal| Err(refusal.into()))
 }
 
 /// One plan for one machine: for the length asked for, or for a short one where the data decides the length.
@@ -60,18 +68,18 @@ fn ask_for_plan(model: &ModelConfig, training: &TrainingSpec, machine: &Machine)
     let tokens = training.sequence_length.unwrap_or(PADDING).next_multiple_of(PADDING);
     let forced = plan::Forced::default();
     let micro_batches = u64::from(training.gradient_accumulation_steps);
-    let (precision, moments) = (training.precision, training.moments);
+    let (precision, moments) = (training.precision_on(machine.device), training.moments);
     plan::plan(&plan::Request { model, precision, moments, tokens, micro_batches, machine, forced })
 }
 
-/// Machines of the hosts that have the model, each with the model's numbers.
-fn machines_with<'a>(hosts: &'a [Host], model: &str) -> Result<Vec<(&'a Machine, &'a ModelConfig)>, Invalid> {
+/// Hosts that have the model, each with the model's numbers.
+fn hosts_with<'a>(hosts: &'a [Host], model: &str) -> Result<Vec<(&'a Host, &'a ModelConfig)>, Invalid> {
     let mut found = Vec::new();
     let mut problem = None;
     for host in hosts {
         let Some(base) = host.models.iter().find(|base| base.name == model) else { continue };
         match &base.config {
-            Some(config) => found.extend(host.machines.iter().map(|machine| (machine, config))),
+            Some(config) => found.push((host, config)),
             None => problem = Some(base.problem.clone().unwrap_or_else(|| "its config cannot be read".into())),
         }
     }

@@ -142,13 +142,14 @@ pub struct CreateTraining {
     /// The same as the top-level `seed`.
     #[schema(required = false, minimum = 0, maximum = 2_147_483_647)]
     seed: Option<u64>,
-    /// Storage type of weights and activations: `f32` (default) or `bf16`.
+    /// Storage type of weights and activations: `f32` or `bf16`. Absent is `bf16` on a GPU and `f32` on the CPU; `f32` trains
+    /// on the CPU only.
     #[schema(required = false)]
     precision: Option<String>,
     /// Storage type of AdamW's moments: `f32` (default), or `bf16`, rounded stochastically, where memory is short.
     #[schema(required = false)]
     moments: Option<String>,
-    /// `cpu` or `cuda`; absent takes the best that the host has.
+    /// `cpu` or `cuda`; absent takes a GPU where the host has one. Refused where no host has such a device.
     #[schema(required = false)]
     device: Option<String>,
     /// Ids of further training files, after `training_file`.
@@ -199,7 +200,8 @@ pub struct JobObject {
     metadata: Option<Value>,
     #[schema(required)]
     user_provided_suffix: Option<String>,
-    /// The resolved settings, every default filled in (an extension).
+    /// The resolved settings, every default filled in (an extension). `precision` is null where it follows from the device,
+    /// until the first checkpoint settles it; `device` is null where any will do.
     training: Value,
     /// Numbers of the last optimizer step (an extension): step, total_steps, train_loss, learning_rate, grad_norm,
     /// tokens_per_second, tokens_seen, device_peak_bytes and more.

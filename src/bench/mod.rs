@@ -1,5 +1,6 @@
 //! `longhaul bench`: what a step and its operations cost on this machine, on random data.
 
+pub mod calibrate;
 pub mod ops;
 mod random;
 pub mod shapes;

@@ -8,7 +8,11 @@ use serde_json::json;
 
 use super::{random, random::Random, shapes};
 use crate::{
-    domain::{Invalid, Machine, ModelConfig, machine::DeviceKind, training::{Moments, Precision}},
+    domain::{
+        Invalid, Machine, ModelConfig,
+        machine::DeviceKind,
+        training::{Moments, Precision},
+    },
     engine::{
         Result,
         backend::{AdamW, Backend, DType, Tensor, cpu::Cpu, cuda::Cuda},
@@ -17,7 +21,7 @@ use crate::{
         train::session::{Session, Totals},
     },
     plan::{self, Forced, Gradients, Plan},
-    trainer::gpu,
+    trainer::gpu::{self, Stated},
 };
 
 /// Flags of `longhaul bench step`.
@@ -43,7 +47,7 @@ pub struct Args {
     pub steps: u64,
     /// f32 or bf16; on cuda bf16, elsewhere f32 by default
     #[arg(long)]
-    pub precision: Option<String>,
+    pub precision: Option<Precision>,
     /// Threads of the CPU backend; all cores by default
     #[arg(long)]
     pub threads: Option<usize>,
@@ -67,7 +71,7 @@ pub struct Args {
     pub optimizer_host_elements: Option<u64>,
     /// Storage type of the moments: f32 or bf16
     #[arg(long, default_value = "f32")]
-    pub moments: String,
+    pub moments: Moments,
     /// Gradients kept as wide or as storage, instead of the planner's choice
     #[arg(long)]
     pub gradients: Option<String>,
@@ -80,10 +84,6 @@ pub struct Args {
     /// After the steps, one more with a mark around every operation: where the time goes (cuda)
     #[arg(long)]
     pub profile: bool,
-    /// Folder that holds cuDNN's and cuBLASLt's libraries, when they are neither on the library path nor among python3's
-    /// packages
-    #[arg(long, value_name = "FOLDER")]
-    pub libraries: Vec<std::path::PathBuf>,
 }
 
 /// What is run where.
@@ -96,15 +96,15 @@ struct Job<'a> {
     scratch: &'a Path,
 }
 
-/// Runs the steps and writes a line each to `out`. `host` is this machine without its GPUs.
-pub fn run(args: &Args, host: &Machine, scratch: &Path, out: &mut impl Write) -> Result {
+/// Runs the steps and writes a line each to `out`. `host` is this machine without its GPUs, `stated` what is said of those.
+pub fn run(args: &Args, host: &Machine, stated: &Stated, scratch: &Path, out: &mut impl Write) -> Result {
     if args.gpus != 1 {
         return Err(Invalid::new("--gpus", "more than one rank is not there yet: use --gpus 1").into());
     }
     let config = shape(args)?;
     match args.device.as_str() {
         "cpu" => {
-            let precision = precision(args, "f32")?;
+            let precision = args.precision.unwrap_or(Precision::of(DeviceKind::Cpu));
             let job = planned(args, config, host.clone(), precision, scratch)?;
             match precision {
                 Precision::F32 => drop(steps(Cpu::<f32>::new(threads(args))?, &job, out)?),
@@ -112,11 +112,11 @@ pub fn run(args: &Args, host: &Machine, scratch: &Path, out: &mut impl Write) ->
             }
         }
         "cuda" => {
-            if precision(args, "bf16")? != Precision::Bf16 {
+            if args.precision == Some(Precision::F32) {
                 return Err(Invalid::new("--precision", "a GPU trains in bf16: leave --precision out").into());
             }
-            let cuda = Cuda::open(0, &args.libraries)?;
-            let machine = gpu::machine(&cuda, host)?;
+            let cuda = Cuda::open(0, stated.libraries)?;
+            let machine = gpu::machine(&cuda, host, stated)?;
             let job = planned(args, config, machine, Precision::Bf16, scratch)?;
             let mut run = steps(cuda, &job, out)?;
             if args.profile {
@@ -126,14 +126,6 @@ pub fn run(args: &Args, host: &Machine, scratch: &Path, out: &mut impl Write) ->
         other => return Err(Invalid::new("--device", format!("device is cpu or cuda, not {other}")).into()),
     }
     Ok(())
-}
-
-fn precision(args: &Args, default: &str) -> Result<Precision> {
-    match args.precision.as_deref().unwrap_or(default) {
-        "f32" => Ok(Precision::F32),
-        "bf16" => Ok(Precision::Bf16),
-        other => Err(Invalid::new("--precision", format!("precision is f32 or bf16, not {other}")).into()),
-    }
 }
 
 fn planned<'a>(
@@ -152,11 +144,6 @@ fn planned<'a>(
             return Err(Invalid::new("--gradients", format!("gradients are wide or storage, not {other}")).into());
         }
     };
-    let moments = match args.moments.as_str() {
-        "f32" => Moments::F32,
-        "bf16" => Moments::Bf16,
-        other => return Err(Invalid::new("--moments", format!("moments are f32 or bf16, not {other}")).into()),
-    };
     let forced = Forced {
         chunk_tokens: args.chunk,
         checkpoint_slots: args.slots,
@@ -168,7 +155,7 @@ fn planned<'a>(
         gradients,
         ..Forced::default()
     };
-    let (model, machine_ref, tokens) = (&config, &machine, args.tokens);
+    let (model, machine_ref, tokens, moments) = (&config, &machine, args.tokens, args.moments);
     let request = plan::Request { model, precision, moments, tokens, micro_batches: 1, machine: machine_ref, forced };
     let plan = plan::plan(&request).map_err(Invalid::from)?;
     Ok(Job { args, config, machine, plan, scratch })

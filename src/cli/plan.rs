@@ -6,9 +6,14 @@ use serde_json::json;
 
 use crate::{
     bench::shapes,
-    domain::{Invalid, Machine, ModelConfig, training::{Moments, Precision}},
+    domain::{
+        Invalid, Machine, ModelConfig,
+        machine::{DeviceKind, usable},
+        training::{Moments, Precision},
+    },
     engine::{Error, Result},
     plan::{self, Forced, Place, Plan, Request},
+    trainer::gpu::{self, Stated},
 };
 
 /// Flags of `longhaul plan`.
@@ -23,21 +28,25 @@ pub struct Args {
     /// Tokens of one sequence; the longest that fits by default
     #[arg(long)]
     pub sequence_length: Option<u64>,
-    /// f32 or bf16
-    #[arg(long, default_value = "f32")]
-    pub precision: String,
-    /// Bytes of memory to plan with; what the host has by default
+    /// cpu or cuda; a GPU where there is one by default, as for jobs
     #[arg(long)]
-    pub memory: Option<u64>,
+    pub device: Option<DeviceKind>,
+    /// A GPU to plan for that need not be here, as in H200; a card that is not known needs --device-memory
+    #[arg(long, value_name = "NAME")]
+    pub gpu: Option<String>,
+    /// f32 or bf16; bf16 on a GPU, f32 on the CPU by default
+    #[arg(long)]
+    pub precision: Option<Precision>,
     /// Print the plan as JSON
     #[arg(long)]
     pub json: bool,
 }
 
-/// Plans for `machine` and prints the result. `read_config` loads a model folder's config.
+/// Plans for a device of this `host` and prints the result. `read_config` loads a model folder's config.
 pub fn run(
     args: &Args,
-    machine: &Machine,
+    host: &Machine,
+    stated: &Stated,
     read_config: impl FnOnce(&std::path::Path) -> Result<ModelConfig>,
     out: &mut impl Write,
 ) -> Result {
@@ -48,13 +57,13 @@ pub fn run(
         })?,
         (None, None) => return Err(Invalid::new("--model", "give --model FOLDER or --shape NAME").into()),
     };
-    let precision = match args.precision.as_str() {
-        "f32" => Precision::F32,
-        "bf16" => Precision::Bf16,
-        other => return Err(Invalid::new("--precision", format!("precision is f32 or bf16, not {other}")).into()),
-    };
-    let mut machine = machine.clone();
-    machine.device_bytes = args.memory.unwrap_or(machine.device_bytes);
+    let machine = machine(args, host, stated)?;
+    let precision = args.precision.unwrap_or(Precision::of(machine.device));
+    if (machine.device, precision) == (DeviceKind::Cuda, Precision::F32) {
+        return Err(
+            Invalid::new("--precision", "a GPU trains in bf16: leave --precision out, or add --device cpu").into()
+        );
+    }
     let mut request = Request {
         model: &model,
         precision,
@@ -75,11 +84,31 @@ pub fn run(
     printed.map_err(Error::file("standard output"))
 }
 
+/// The device that is planned for.
+fn machine(args: &Args, host: &Machine, stated: &Stated) -> Result<Machine> {
+    let wanted = args.device.or((args.precision == Some(Precision::F32)).then_some(DeviceKind::Cpu));
+    match (&args.gpu, wanted) {
+        (Some(_), Some(DeviceKind::Cpu)) => Err(Invalid::new(
+            "--gpu",
+            "--gpu names a GPU, which trains in bf16: leave out --device cpu and --precision f32",
+        )
+        .into()),
+        (Some(name), _) => gpu::imagined(name, host, stated),
+        (None, Some(DeviceKind::Cpu)) => Ok(host.clone()),
+        (None, wanted) => {
+            let found = gpu::found(host, stated)?;
+            let machine = usable(&found.machines, wanted).next().cloned();
+            machine.ok_or_else(|| Error::Missing(found.without_cuda.unwrap_or_else(|| "there is no GPU here".into())))
+        }
+    }
+}
+
 fn print(out: &mut impl Write, plan: &Plan, model: &ModelConfig, machine: &Machine, longest: u64) -> io::Result<()> {
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
     let choice = &plan.choice;
     writeln!(out, "model      {} parameters, {} layers", model.n_params(), model.n_layers)?;
-    writeln!(out, "machine    {}, {:.2} GiB usable", machine.device_name, gib(machine.device_bytes))?;
+    let (device, precision) = (&machine.device_name, plan.precision.as_str());
+    writeln!(out, "machine    {device}, {:.2} GiB usable, {precision}", gib(machine.device_bytes))?;
     writeln!(out, "sequence   {} tokens (longest that fits: {longest})", plan.tokens)?;
     writeln!(out, "step       {:.3} s predicted ({} rates)", plan.step_seconds, machine.rates.source)?;
     writeln!(

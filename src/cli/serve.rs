@@ -165,7 +165,11 @@ fn executor_settings(places: &config::Places, args: &config::Executor) -> io::Re
         models_folder: absolute(places.models.as_deref().unwrap_or(&places.data.join("models"))),
         lease: args.lease,
         grace: args.grace,
-        memory: args.memory,
+        memory: args.sizes.memory,
+        device_memory: args.sizes.device_memory,
+        libraries: args.devices.libraries.iter().map(|folder| absolute(folder)).collect(),
+        machine_file: absolute(&args.devices.machine_file(&places.data)),
+        look: args.machine_timeout,
     })
 }
 

@@ -180,9 +180,9 @@ fn read_training(fields: &Fields, spec: &mut TrainingSpec) -> Result<(), Invalid
     set(&mut spec.long_documents, fields.word("long_documents", &long)?);
     let schedules = [("constant", Schedule::Constant), ("linear", Schedule::Linear), ("cosine", Schedule::Cosine)];
     set(&mut spec.schedule, fields.word("schedule", &schedules)?);
-    set(&mut spec.precision, fields.word("precision", &[("f32", Precision::F32), ("bf16", Precision::Bf16)])?);
-    set(&mut spec.moments, fields.word("moments", &[("f32", Moments::F32), ("bf16", Moments::Bf16)])?);
-    spec.device = fields.word("device", &[("cpu", DeviceKind::Cpu), ("cuda", DeviceKind::Cuda)])?;
+    spec.precision = fields.word("precision", &Precision::WORDS)?;
+    set(&mut spec.moments, fields.word("moments", &Moments::WORDS)?);
+    spec.device = fields.word("device", &DeviceKind::WORDS)?;
     Ok(())
 }
 

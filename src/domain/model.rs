@@ -2,6 +2,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::{Invalid, machine::DeviceKind};
+
+/// Sizes of attention heads that cuDNN takes on Hopper.
+const HEAD_STEP: u64 = 8;
+const MOST_HEAD_DIM: u64 = 256;
+
 /// A pre-norm decoder with RMSNorm, grouped-query attention, rotary positions and a SwiGLU feed-forward (the Llama family).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ModelConfig {
@@ -60,6 +66,19 @@ impl ModelConfig {
     /// Width of the key (or value) projection, `n_kv_heads * head_dim`.
     pub fn kv_size(&self) -> u64 {
         self.n_kv_heads * self.head_dim
+    }
+
+    /// Refuses a shape that a device has no kernels for.
+    pub fn check_on(&self, device: DeviceKind) -> Result<(), Invalid> {
+        let d = self.head_dim;
+        if device == DeviceKind::Cpu || d.is_multiple_of(HEAD_STEP) && d <= MOST_HEAD_DIM {
+            return Ok(());
+        }
+        let message = format!(
+            "attention heads of {d} elements do not train on a GPU, which takes multiples of {HEAD_STEP} up to \
+             {MOST_HEAD_DIM}: set training.device to cpu, or take another model"
+        );
+        Err(Invalid::with_code("unsupported_model", "training.device", message))
     }
 
     /// Parameters of one layer: q, k, v, o, gate, up, down and two norms.

@@ -19,8 +19,12 @@ pub struct RunSpec {
     pub training_files: Vec<DataFile>,
     pub validation_files: Vec<DataFile>,
     pub training: TrainingSpec,
-    /// The host this trainer runs on, as the executor sees it.
+    /// What this trainer runs on, as the executor sees it.
     pub machine: Machine,
+    /// Which GPU that is, in the driver's order, where it is one.
+    pub gpu: usize,
+    /// Folders to look for NVIDIA's libraries in.
+    pub libraries: Vec<PathBuf>,
     /// Folder of the job on this host, owned by the trainer while it runs: `checkpoints/step-N/`, `spill/`, `tokens/` go under it.
     pub work_dir: PathBuf,
     /// A complete checkpoint folder (with its `resume/` part) to continue from.

@@ -1,5 +1,7 @@
 //! `TrainingSpec`: how a job trains, every "auto" that needs no data already resolved.
 
+use std::str::FromStr;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Invalid, machine::DeviceKind};
@@ -39,10 +41,11 @@ pub struct TrainingSpec {
     pub evaluation_interval: Option<u64>,
     /// Seeds the order of the data and every random number of the run.
     pub seed: u64,
-    pub precision: Precision,
+    /// `None` takes the device's own, see [`TrainingSpec::precision_on`]; the first checkpoint settles it.
+    pub precision: Option<Precision>,
     #[serde(default)]
     pub moments: Moments,
-    /// Where to train; `None` takes the best device the host has.
+    /// Where to train; `None` takes the best device the host has, see [`TrainingSpec::wanted_device`].
     pub device: Option<DeviceKind>,
 }
 
@@ -75,6 +78,37 @@ pub enum Precision {
     Bf16,
 }
 
+impl Precision {
+    /// Every precision by the word that requests and flags use.
+    pub const WORDS: [(&str, Self); 2] = [("f32", Self::F32), ("bf16", Self::Bf16)];
+
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::F32 => "f32",
+            Self::Bf16 => "bf16",
+        }
+    }
+
+    /// What a device trains in unless told otherwise: a GPU in the type its matrix units are made for, the CPU in the one
+    /// that is exact.
+    pub fn of(device: DeviceKind) -> Self {
+        match device {
+            DeviceKind::Cpu => Self::F32,
+            DeviceKind::Cuda => Self::Bf16,
+        }
+    }
+}
+
+impl FromStr for Precision {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = Self::WORDS.into_iter().find(|(word, _)| *word == text);
+        known.map(|(_, precision)| precision).ok_or_else(|| format!("precision is f32 or bf16, not {text}"))
+    }
+}
+
 /// Storage type of AdamW's two moments.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -84,6 +118,20 @@ pub enum Moments {
     F32,
     /// bf16, rounded stochastically: 6 bytes of optimizer state a parameter instead of 10.
     Bf16,
+}
+
+impl Moments {
+    /// Every type by the word that requests and flags use.
+    pub const WORDS: [(&str, Self); 2] = [("f32", Self::F32), ("bf16", Self::Bf16)];
+}
+
+impl FromStr for Moments {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let known = Self::WORDS.into_iter().find(|(word, _)| *word == text);
+        known.map(|(_, moments)| moments).ok_or_else(|| format!("moments are f32 or bf16, not {text}"))
+    }
 }
 
 impl Default for TrainingSpec {
@@ -108,7 +156,7 @@ impl Default for TrainingSpec {
             checkpoint_interval: None,
             evaluation_interval: None,
             seed: 0,
-            precision: Precision::F32,
+            precision: None,
             moments: Moments::F32,
             device: None,
         }
@@ -119,6 +167,17 @@ impl Default for TrainingSpec {
 pub const MAX_SEQUENCE_LENGTH: u64 = 1 << 30;
 
 impl TrainingSpec {
+    /// What the job trains in on this device.
+    pub fn precision_on(&self, device: DeviceKind) -> Precision {
+        self.precision.unwrap_or(Precision::of(device))
+    }
+
+    /// The only device that will do, if there is one: that asked for, or the CPU where f32 was, which GPUs do not train in.
+    /// `store::queue` claims by the same rule.
+    pub fn wanted_device(&self) -> Option<DeviceKind> {
+        self.device.or((self.precision == Some(Precision::F32)).then_some(DeviceKind::Cpu))
+    }
+
     /// Checks every number against its documented range; `prefix` is the JSON path of the object (`training`).
     pub fn check(&self, prefix: &str) -> Result<(), Invalid> {
         let refuse = |field: &str, message: String| Err(Invalid::new(format!("{prefix}.{field}"), message));
@@ -160,6 +219,11 @@ impl TrainingSpec {
         within("epsilon", self.epsilon, 1e-30, 1.0)?;
         within("max_grad_norm", self.max_grad_norm, 0.0, 1e9)?;
         within("seed", self.seed as f64, 0.0, f64::from(i32::MAX))?;
+        if self.precision == Some(Precision::F32) && self.device == Some(DeviceKind::Cuda) {
+            let message =
+                format!("{prefix}.precision must be bf16 on a GPU: leave it out, or set {prefix}.device to cpu");
+            return refuse("precision", message);
+        }
         if self.learning_rate == 0.0 {
             return refuse("learning_rate", "learning_rate must be above 0".into());
         }

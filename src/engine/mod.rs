@@ -9,6 +9,7 @@ pub mod checkpoint;
 pub mod data;
 pub mod error;
 pub mod file_map;
+pub mod gpus;
 pub mod layers;
 pub mod meter;
 pub mod model;

@@ -9,6 +9,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 
 use super::{
     Context,
+    devices::Seat,
     launcher::{self, Trainer},
     lease::{self, Lease},
     prepare::{self, retry, with_causes},
@@ -29,15 +30,20 @@ const PAUSE_GRACE: Duration = Duration::from_hours(1);
 /// How long a settlement is tried while the database is away. After that the lease runs out and says it all.
 const SETTLE: Duration = Duration::from_mins(2);
 
-/// Works on a claim that was asked for at `asked` until it is settled or lost.
-pub(super) async fn run(context: &Arc<Context>, claim: &Claim, asked: std::time::Instant) {
-    tracing::info!(job = %claim.job, epoch = claim.epoch, work = ?claim.work, "claimed");
+/// Works on a claim that was asked for at `asked` until it is settled or lost. False when the attempt failed for a reason
+/// that may lie with the device.
+pub(super) async fn run(context: &Arc<Context>, claim: &Claim, seat: &Seat, asked: std::time::Instant) -> bool {
+    let device = &seat.machine.device_name;
+    tracing::info!(job = %claim.job, epoch = claim.epoch, work = ?claim.work, device, "claimed");
     let mut lease = lease::keep(context, claim, asked);
     let lost = lease.lost.clone();
-    let settlement = lost.run_until_cancelled(hold(context, claim, &mut lease)).await;
+    let settlement = lost.run_until_cancelled(hold(context, claim, seat, &mut lease)).await;
     // Nothing is renewed any more, so a settlement that takes too long changes nothing.
     drop(lease);
-    let Some(settlement) = settlement else { return clear(context, claim).await };
+    let Some(settlement) = settlement else {
+        clear(context, claim).await;
+        return true;
+    };
     tracing::info!(job = %claim.job, epoch = claim.epoch, ?settlement, "letting go");
     let settle = tell::insist(|| context.store.settle_job(&claim.job, claim.epoch, &settlement));
     match timeout(SETTLE, settle).await {
@@ -47,13 +53,18 @@ pub(super) async fn run(context: &Arc<Context>, claim: &Claim, asked: std::time:
         Err(_) => tracing::error!(job = %claim.job, "the job was not settled: the database stayed away"),
     }
     clear(context, claim).await;
+    !matches!(settlement, Settlement::Retry { .. })
 }
 
-/// Removes the job's folder unless this host will most likely need it again.
+/// Lets go of the job's folder: it is removed unless this host works on the job again already, or most likely will.
 async fn clear(context: &Context, claim: &Claim) {
+    let mut held = context.held.lock().await;
+    if let Some(own) = held.iter().position(|job| *job == claim.job) {
+        held.swap_remove(own);
+    }
     let job = context.store.job(&claim.job).await;
     let goes_on = job.is_ok_and(|job| job.is_some_and(|job| job.status == JobStatus::Queued));
-    if goes_on {
+    if goes_on || held.contains(&claim.job) {
         return;
     }
     if let Err(error) = prepare::remove(&prepare::folder(context, &claim.job)).await {
@@ -62,9 +73,9 @@ async fn clear(context: &Context, claim: &Claim) {
 }
 
 /// Everything between the claim and the settlement.
-async fn hold(context: &Arc<Context>, claim: &Claim, lease: &mut Lease) -> Settlement {
+async fn hold(context: &Arc<Context>, claim: &Claim, seat: &Seat, lease: &mut Lease) -> Settlement {
     let prepared = tokio::select! {
-        prepared = prepare::prepare(context, claim) => prepared,
+        prepared = prepare::prepare(context, claim, seat) => prepared,
         () = context.stop.cancelled() => return Settlement::Released,
         _ = lease.wished() => return Settlement::Released,
     };
@@ -73,7 +84,7 @@ async fn hold(context: &Arc<Context>, claim: &Claim, lease: &mut Lease) -> Settl
         Err(error) => return error.into(),
     };
     match launcher::start(&context.settings.program, run, lease.deadline.clone()) {
-        Ok(trainer) => Conversation { context, claim, trainer, until: None }.listen(lease).await,
+        Ok(trainer) => Conversation { context, claim, seat, trainer, until: None }.listen(lease).await,
         Err(error) => retry(format!("no trainer could be started: {error}")),
     }
 }
@@ -82,6 +93,7 @@ async fn hold(context: &Arc<Context>, claim: &Claim, lease: &mut Lease) -> Settl
 struct Conversation<'a> {
     context: &'a Context,
     claim: &'a Claim,
+    seat: &'a Seat,
     trainer: Trainer,
     /// Set once it was asked to stop: when it is ended by force.
     until: Option<Instant>,
@@ -136,7 +148,7 @@ impl Conversation<'_> {
             }
             Some(Some(Ok(report))) => report,
         };
-        match tell::tell(self.context, self.claim, &report).await {
+        match tell::tell(self.context, self.claim, self.seat, &report).await {
             Ok(true) => {}
             Ok(false) => {
                 // The lease's keeper finds out as well, at the latest with its next renewal.

@@ -1,10 +1,10 @@
-//! What this host has, as the planner wants to know it: memory a trainer may use, disk, cores, assumed speeds.
+//! What this host has, as the planner wants to know it: memory a trainer may use, disk, cores, assumed or measured speeds.
 
-use std::{fs, path::Path};
+use std::{fs, io, path::Path};
 
 use crate::domain::{
-    Machine,
-    machine::{DeviceKind, Rates},
+    Invalid, Machine,
+    machine::{DeviceKind, MachineFile, Rates},
 };
 
 /// Share of memory, and bytes at the least, left to the server, the database and the system.
@@ -19,14 +19,15 @@ const CORE_ATTENTION_FLOPS: f64 = 25e9;
 const MEMORY_BYTES: f64 = 20e9;
 const DISK_BYTES: f64 = 500e6;
 
-/// The host's cores as a device; `work_dir` is where a trainer would spill.
-pub fn cpu(work_dir: &Path) -> Machine {
+/// The host's cores as a device, with the `memory` that an operator has stated, or with what is free. `work_dir` is where a
+/// trainer would spill; measured speeds are taken from `file`.
+pub fn cpu(work_dir: &Path, memory: Option<u64>, file: &MachineFile) -> Machine {
     let cores = std::thread::available_parallelism().map_or(1, usize::from) as f64;
-    Machine {
+    let mut machine = Machine {
         device: DeviceKind::Cpu,
         device_name: cpu_name(),
         n_devices: 1,
-        device_bytes: usable_memory(),
+        device_bytes: memory.unwrap_or_else(usable_memory),
         host_bytes: 0,
         disk_bytes: (free_disk(work_dir) as f64 * SPILL_SHARE) as u64,
         rates: Rates {
@@ -37,6 +38,24 @@ pub fn cpu(work_dir: &Path) -> Machine {
             disk_bytes: DISK_BYTES,
             source: "assumed".into(),
         },
+    };
+    file.apply(&mut machine);
+    machine
+}
+
+/// The measured speeds of this host; none where there is no such file.
+pub fn machine_file(path: &Path) -> Result<MachineFile, Invalid> {
+    let refuse = |why: String| {
+        let message = format!(
+            "{}: {why}; write it anew with longhaul calibrate, or remove it to go by data sheets",
+            path.display()
+        );
+        Invalid::with_code("invalid_machine_file", "--machine-file", message)
+    };
+    match fs::read_to_string(path) {
+        Ok(text) => MachineFile::parse(&text).map_err(refuse),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(MachineFile::default()),
+        Err(error) => Err(refuse(error.to_string())),
     }
 }
 

@@ -10,29 +10,28 @@ use std::{
     time::Duration,
 };
 
-use tokio::{sync::Notify, task::JoinSet};
+use tokio::{
+    sync::{Mutex, Notify, watch},
+    task::JoinSet,
+};
 use tokio_util::sync::CancellationToken;
 
+use self::devices::{Devices, Looker};
 use crate::{
-    domain::{ExecutorId, Machine, machine::DeviceKind},
-    store::{
-        Store,
-        hosts::NewHost,
-        queue::{Claimant, Work},
-        retention::GARBAGE_AGE,
-    },
+    domain::{ExecutorId, Invalid, JobId},
+    store::{Store, hosts::NewHost, retention::GARBAGE_AGE},
 };
 
 mod attempt;
+mod devices;
 pub mod host;
 mod launcher;
 mod lease;
 mod models;
 mod prepare;
 mod tell;
+mod work;
 
-/// Pause between two looks for work where no hint comes.
-const POLL: Duration = Duration::from_secs(2);
 /// How often a host shows that it is there.
 const PUBLISH: Duration = Duration::from_secs(10);
 /// Pause between two looks for leases that ran out.
@@ -47,7 +46,7 @@ const MOST_ATTEMPTS: i32 = 5;
 /// What an operator may set.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// This program; started again as `train` for each attempt.
+    /// This program; started again as `train` for each attempt, and as `machine` to look for GPUs.
     pub program: PathBuf,
     /// Folder for attempts under way. One executor at a time; emptied when it starts.
     pub work_folder: PathBuf,
@@ -59,6 +58,14 @@ pub struct Settings {
     pub grace: Duration,
     /// Bytes of memory that a trainer may use; what the host has free by default.
     pub memory: Option<u64>,
+    /// Bytes of a GPU's memory that a trainer may use; what is free by default.
+    pub device_memory: Option<u64>,
+    /// Folders to look for NVIDIA's libraries in.
+    pub libraries: Vec<PathBuf>,
+    /// Measured speeds, where somebody has measured them.
+    pub machine_file: PathBuf,
+    /// How long a look for GPUs may take.
+    pub look: Duration,
 }
 
 /// Why an executor could not start.
@@ -68,6 +75,8 @@ pub enum Error {
     Folder { path: PathBuf, source: std::io::Error },
     #[error("{0} is used by another executor; give this one a work folder of its own")]
     InUse(PathBuf),
+    #[error(transparent)]
+    MachineFile(#[from] Invalid),
 }
 
 /// What every attempt works with.
@@ -76,7 +85,10 @@ struct Context {
     store: Store,
     settings: Settings,
     id: ExecutorId,
-    machine: Machine,
+    devices: watch::Sender<Devices>,
+    /// Jobs that are worked on here, once for each attempt. Claims and the end of attempts go one after another under this
+    /// lock, so that no job's folder is removed under the attempt that follows.
+    held: Mutex<Vec<JobId>>,
     /// Some job may have changed.
     hints: Notify,
     stop: CancellationToken,
@@ -86,19 +98,22 @@ struct Context {
 pub async fn run(store: Store, settings: Settings, stop: CancellationToken) -> Result<(), Error> {
     let _lock = own(&settings.work_folder)?;
     fs::create_dir_all(&settings.models_folder).map_err(at(&settings.models_folder))?;
-    let mut machine = host::cpu(&settings.work_folder);
-    machine.device_bytes = settings.memory.unwrap_or(machine.device_bytes);
+    let cpu = host::cpu(&settings.work_folder, settings.memory, &host::machine_file(&settings.machine_file)?);
     let id = ExecutorId::random();
-    tracing::info!(executor = %id, device = machine.device_name, bytes = machine.device_bytes, "executor started");
-    let context = Arc::new(Context { store, settings, id, machine, hints: Notify::new(), stop });
+    tracing::info!(executor = %id, device = cpu.device_name, bytes = cpu.device_bytes, "executor started");
+    let devices = watch::Sender::new(Devices::without_gpus(cpu));
+    let context =
+        Arc::new(Context { store, settings, id, devices, held: Mutex::default(), hints: Notify::new(), stop });
+    // Before anything is published or claimed: a job that takes any device must not land on the CPU for want of a look.
+    let mut looker = Looker::default();
+    looker.look(&context).await;
     let mut tasks = JoinSet::new();
     tasks.spawn(listen(Arc::clone(&context)));
     tasks.spawn(publish(Arc::clone(&context)));
     tasks.spawn(reap(Arc::clone(&context)));
     tasks.spawn(sweep(Arc::clone(&context)));
-    // One of each at a time: an inspection is short, and a training takes the whole device.
-    tasks.spawn(work(Arc::clone(&context), Work::Inspect));
-    tasks.spawn(work(Arc::clone(&context), Work::Train));
+    tasks.spawn(work::inspect(Arc::clone(&context)));
+    tasks.spawn(work::train(Arc::clone(&context), looker));
     while let Some(ended) = tasks.join_next().await {
         if let Err(error) = ended {
             tracing::error!(%error, "a task of the executor panicked; the executor stops");
@@ -157,15 +172,18 @@ async fn listen(context: Arc<Context>) {
 
 async fn publish(context: Arc<Context>) {
     let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    let mut changed = context.devices.subscribe();
     loop {
         let models = models::found(&context.settings.models_folder);
-        let machines = std::slice::from_ref(&context.machine);
-        let host = NewHost { executor: &context.id, hostname: &hostname, machines, models: &models };
+        let machines = changed.borrow_and_update().machines();
+        let host = NewHost { executor: &context.id, hostname: &hostname, machines: &machines, models: &models };
         if let Err(error) = context.store.publish_host(&host).await {
             tracing::warn!(%error, "the host could not be published; it is tried again");
         }
-        if context.pause(PUBLISH).await {
-            return;
+        tokio::select! {
+            stopped = context.pause(PUBLISH) => if stopped { return },
+            // The sender lives as long as the context.
+            Ok(()) = changed.changed() => {}
         }
     }
 }
@@ -189,34 +207,6 @@ async fn sweep(context: Arc<Context>) {
             Ok(0) => {}
             Ok(gone) => tracing::info!(gone, "objects that no checkpoint names deleted"),
             Err(error) => tracing::warn!(%error, "the sweep of weights failed; it is tried again"),
-        }
-    }
-}
-
-/// Claims one kind of work after another.
-async fn work(context: Arc<Context>, work: Work) {
-    let devices = [match context.machine.device {
-        DeviceKind::Cpu => "cpu".to_owned(),
-        DeviceKind::Cuda => "cuda".to_owned(),
-    }];
-    while !context.stop.is_cancelled() {
-        let hinted = context.hints.notified();
-        let models: Vec<String> =
-            models::found(&context.settings.models_folder).into_iter().map(|model| model.name).collect();
-        let lease = context.settings.lease;
-        let claimant = Claimant { executor: &context.id, lease, models: &models, devices: &devices };
-        let asked = std::time::Instant::now();
-        match context.store.claim_job(work, &claimant).await {
-            Ok(Some(claim)) => {
-                attempt::run(&context, &claim, asked).await;
-                continue;
-            }
-            Ok(None) => {}
-            Err(error) => tracing::warn!(%error, "no work could be claimed; it is tried again"),
-        }
-        tokio::select! {
-            () = hinted => {}
-            _ = context.pause(POLL) => {}
         }
     }
 }

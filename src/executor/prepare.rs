@@ -7,7 +7,7 @@ use std::{
 
 use tokio::fs;
 
-use super::{Context, MOST_ATTEMPTS, models};
+use super::{Context, MOST_ATTEMPTS, devices::Seat, models};
 use crate::{
     domain::{FileId, Invalid, JobId, RunSpec, run::DataFile},
     store::{
@@ -65,7 +65,7 @@ pub(super) fn folder(context: &Context, job: &JobId) -> PathBuf {
 }
 
 /// Brings everything that the claim needs to local disk.
-pub(super) async fn prepare(context: &Context, claim: &Claim) -> Result<RunSpec, Error> {
+pub(super) async fn prepare(context: &Context, claim: &Claim, seat: &Seat) -> Result<RunSpec, Error> {
     let model = models::folder_of(&context.settings.models_folder, &claim.model)?;
     let model = std::path::absolute(&model).map_err(disk(&model))?;
     let work_dir = folder(context, &claim.job);
@@ -89,7 +89,9 @@ pub(super) async fn prepare(context: &Context, claim: &Claim) -> Result<RunSpec,
         training_files,
         validation_files,
         training: claim.training.clone(),
-        machine: context.machine.clone(),
+        machine: seat.machine.clone(),
+        gpu: seat.gpu,
+        libraries: context.settings.libraries.clone(),
         work_dir,
         resume_from,
         inspect_only: claim.work == Work::Inspect,

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use super::{Context, prepare};
+use super::{Context, devices::Seat, prepare};
 use crate::{
     domain::{
         CheckpointId, Event,
@@ -36,7 +36,7 @@ pub(super) async fn insist<T, F: Future<Output = Result<T, Error>>>(write: impl 
 }
 
 /// Writes one report that does not end the run. False when the epoch is stale.
-pub(super) async fn tell(context: &Context, claim: &Claim, report: &Report) -> Result<bool, Error> {
+pub(super) async fn tell(context: &Context, claim: &Claim, seat: &Seat, report: &Report) -> Result<bool, Error> {
     let (store, job, epoch) = (&context.store, &claim.job, claim.epoch);
     match report {
         Report::Event { event } => insist(|| store.append_event(job, Writer::Holder(epoch), event)).await,
@@ -48,7 +48,7 @@ pub(super) async fn tell(context: &Context, claim: &Claim, report: &Report) -> R
         }
         Report::Step { metrics } => insist(|| store.record_step(job, epoch, metrics)).await,
         Report::Evaluation { evaluation } => insist(|| store.record_evaluation(job, epoch, evaluation)).await,
-        Report::Checkpoint { checkpoint } => keep(context, claim, checkpoint).await,
+        Report::Checkpoint { checkpoint } => keep(context, claim, seat, checkpoint).await,
         Report::Alive
         | Report::Finished { .. }
         | Report::Stopped { .. }
@@ -72,14 +72,15 @@ fn counted(summary: &DataSummary) -> Event {
 }
 
 /// Brings a checkpoint into the object store and then on record, and clears what it replaces.
-async fn keep(context: &Context, claim: &Claim, written: &WrittenCheckpoint) -> Result<bool, Error> {
+async fn keep(context: &Context, claim: &Claim, seat: &Seat, written: &WrittenCheckpoint) -> Result<bool, Error> {
     let store = &context.store;
     let folder = prepare::folder(context, &claim.job).join("checkpoints").join(&written.folder);
     let id = CheckpointId::random();
     for file in &written.files {
         store.weights().put(&id, file, &folder.join(&file.path)).await?;
     }
-    let new = NewCheckpoint { id: id.clone(), job: &claim.job, epoch: claim.epoch, written };
+    let precision = claim.training.precision_on(seat.machine.device);
+    let new = NewCheckpoint { id: id.clone(), job: &claim.job, epoch: claim.epoch, precision, written };
     let recorded = insist(|| store.record_checkpoint(&new)).await?;
     if !matches!(recorded, Recorded::New(_)) {
         store.weights().delete(&id).await?;

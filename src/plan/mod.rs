@@ -18,8 +18,8 @@ use crate::domain::{
     machine::DeviceKind,
     training::{Moments, Precision},
 };
-pub use layout::{Category, Layout, Region, Slot};
 use layout::Element;
+pub use layout::{Category, Layout, Region, Slot};
 
 /// What is to be planned.
 #[derive(Debug, Clone, PartialEq)]

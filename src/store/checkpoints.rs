@@ -8,6 +8,7 @@ use super::{Error, Listed, Page, Store};
 use crate::domain::{
     CheckpointId, JobId,
     progress::{WrittenCheckpoint, WrittenFile},
+    training::Precision,
 };
 
 /// Files under this folder are for continuing a run, not part of the model.
@@ -39,6 +40,8 @@ pub struct NewCheckpoint<'a> {
     pub job: &'a JobId,
     /// The lease's epoch.
     pub epoch: i64,
+    /// What it was trained in, and what goes on from it must be.
+    pub precision: Precision,
     pub written: &'a WrittenCheckpoint,
 }
 
@@ -87,13 +90,15 @@ macro_rules! select_checkpoints {
 
 impl Store {
     /// Records a complete checkpoint of the lease's holder, with its files, in one transaction. It counts as progress:
-    /// the job's attempts start again from none.
+    /// the job's attempts start again from none, and it goes on in the precision of its checkpoint.
     pub async fn record_checkpoint(&self, new: &NewCheckpoint<'_>) -> Result<Recorded, Error> {
         let mut transaction = self.pool.begin().await?;
         let job = sqlx::query!(
-            "UPDATE jobs SET attempts = 0 WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL RETURNING model, suffix",
+            "UPDATE jobs SET attempts = 0, training = training || jsonb_build_object('precision', $3::text)
+             WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL RETURNING model, suffix",
             new.job.as_str(),
-            new.epoch
+            new.epoch,
+            new.precision.as_str(),
         )
         .fetch_optional(&mut *transaction)
         .await?;

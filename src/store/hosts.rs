@@ -16,7 +16,7 @@ pub struct Host {
     pub executor: ExecutorId,
     pub hostname: String,
     pub version: String,
-    /// One for the CPU, one for the GPUs.
+    /// One for each GPU, one for the CPU.
     pub machines: Vec<Machine>,
     /// What its model folder holds.
     pub models: Vec<BaseModel>,

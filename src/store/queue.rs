@@ -21,6 +21,8 @@ const FIRST_BACK_OFF: Duration = Duration::from_secs(2);
 const LONGEST_BACK_OFF: Duration = Duration::from_mins(5);
 /// Leases reaped by one statement.
 const REAP_BATCH: i64 = 100;
+/// The wish of a job that takes any device.
+pub const ANY_DEVICE: &str = "any";
 /// Name of the channel that the jobs table notifies.
 const CHANNEL: &str = "jobs";
 
@@ -48,7 +50,8 @@ pub struct Claimant<'a> {
     pub lease: Duration,
     /// Base models of this host.
     pub models: &'a [String],
-    /// Devices of this host, as `training.device` names them.
+    /// What it has for the wishes of jobs: `cpu`, `cuda`, and [`ANY_DEVICE`] for those that
+    /// [`TrainingSpec::wanted_device`] leaves open.
     pub devices: &'a [String],
 }
 
@@ -105,7 +108,8 @@ impl Store {
                 SELECT id FROM jobs
                 WHERE status = CASE WHEN $1 THEN 'validating_files' ELSE 'queued' END::job_status
                     AND lease_owner IS NULL AND run_after <= now()
-                    AND (training ->> 'device' IS NULL OR training ->> 'device' = ANY ($2))
+                    AND coalesce(training ->> 'device', CASE training ->> 'precision' WHEN 'f32' THEN 'cpu' END, 'any')
+                        = ANY ($2)
                     AND (model = ANY ($3) OR $1 AND created_at < now() - make_interval(secs => $4) AND NOT EXISTS (
                         SELECT 1 FROM hosts WHERE seen_at > now() - make_interval(secs => $5)
                             AND models @> jsonb_build_array(jsonb_build_object('name', jobs.model))))

@@ -3,12 +3,19 @@
 use std::path::Path;
 
 use longhaul::{
-    domain::{Machine, RunSpec, TrainingSpec, run::DataFile, training::LongDocuments},
-    engine::train::train,
+    domain::{
+        Machine, RunSpec, TrainingSpec,
+        run::DataFile,
+        training::{LongDocuments, Precision},
+    },
+    engine::train::{Outcome, train},
 };
 use serde_json::{Value, json};
 
-use crate::training::{Recorder, Studio, finish, refusal, spec, story};
+use crate::{
+    support::model::gpu,
+    training::{Recorder, Studio, finish, refusal, spec, story},
+};
 
 fn refused(studio: &Studio, file: DataFile) -> longhaul::domain::Invalid {
     refusal(&studio.run("refused", &[file], spec(1)))
@@ -145,4 +152,30 @@ fn documents_that_may_be_cut_take_the_longest_sequence_that_fits() {
     let summary = recorder.summary.unwrap();
     assert!(summary.sequence_length < summary.longest_document, "{summary:?}");
     assert!(recorder.events.iter().any(|e| e.message.contains("are the longest that fit")));
+}
+
+#[test]
+fn a_gpu_that_is_not_here_is_no_fault_of_the_input() {
+    if Path::new("/dev/nvidia0").exists() {
+        return;
+    }
+    let studio = Studio::new("absent");
+    let here = studio.run("run", &[studio.five()], spec(1));
+    let libraries = vec![studio.sandbox.join("libraries")];
+    let run = RunSpec { machine: gpu(1 << 30), libraries, ..here };
+    let mut recorder = Recorder::default();
+    let error = train(&run, &mut recorder).expect_err("there is no GPU");
+    assert!(matches!(&error, longhaul::engine::Error::Missing(_)), "{error}");
+    assert!(recorder.summary.is_some() && recorder.steps.is_empty());
+    // The same data is inspected for a GPU on a host without one.
+    finish_inspection(&RunSpec { inspect_only: true, ..run.clone() });
+    let training = TrainingSpec { precision: Some(Precision::F32), ..run.training.clone() };
+    let invalid = refusal(&RunSpec { training, ..run });
+    assert_eq!(invalid.param, "training.precision");
+}
+
+fn finish_inspection(run: &RunSpec) {
+    let mut recorder = Recorder::default();
+    assert_eq!(train(run, &mut recorder).unwrap(), Outcome::Finished { trained_tokens: 0 });
+    assert!(recorder.events.iter().all(|event| !event.message.contains("planned on")));
 }

@@ -31,6 +31,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("engine::file_map", &[ERRORS]),
     ("engine::comm", &[ERRORS, "engine::backend"]),
     ("engine::backend", &[ERRORS]),
+    ("engine::gpus", &[ERRORS, "engine::backend"]),
     ("engine::error", &[]),
     ("plan", &[]),
     ("domain", &[]),

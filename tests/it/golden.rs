@@ -11,7 +11,10 @@ use std::{
 };
 
 use longhaul::{
-    domain::{ModelConfig, training::{Moments, Precision}},
+    domain::{
+        ModelConfig,
+        training::{Moments, Precision},
+    },
     engine::{
         backend::{AdamW, Backend, cpu::Cpu},
         checkpoint::safetensors::Weights,

@@ -58,7 +58,7 @@ fn every_field_of_training_arrives() {
         checkpoint_interval: Some(2),
         evaluation_interval: None,
         seed: 42,
-        precision: Precision::Bf16,
+        precision: Some(Precision::Bf16),
         moments: Moments::Bf16,
         device: Some(DeviceKind::Cpu),
     };
@@ -178,6 +178,25 @@ fn impossible_numbers_are_refused_in_every_field_of_training() {
         assert_eq!(refused.param, format!("training.{field}"), "{value}: {refused}");
         assert!(refused.message.starts_with(&refused.param), "{}", refused.message);
         assert!(refused.message.contains("must"), "{field}: {value}: the way out is missing: {}", refused.message);
+    }
+}
+
+#[test]
+fn precision_and_device_must_go_together() {
+    let read = |training: Value| JobRequest::read(&body(json!({"training": training})));
+    let refused = read(json!({"precision": "f32", "device": "cuda"})).expect_err("a GPU trains in bf16");
+    assert_eq!(refused.param, "training.precision");
+    assert!(refused.message.starts_with("training.precision must be bf16"), "{refused}");
+    for (training, wanted, on_cpu, on_cuda) in [
+        (json!({}), None, Precision::F32, Precision::Bf16),
+        (json!({"device": "cuda"}), Some(DeviceKind::Cuda), Precision::F32, Precision::Bf16),
+        (json!({"precision": "f32"}), Some(DeviceKind::Cpu), Precision::F32, Precision::F32),
+        (json!({"precision": "bf16"}), None, Precision::Bf16, Precision::Bf16),
+    ] {
+        let spec = read(training.clone()).unwrap().training;
+        assert_eq!(spec.wanted_device(), wanted, "{training}");
+        assert_eq!(spec.precision_on(DeviceKind::Cpu), on_cpu, "{training}");
+        assert_eq!(spec.precision_on(DeviceKind::Cuda), on_cuda, "{training}");
     }
 }
 

@@ -6,6 +6,7 @@
 #![expect(unreachable_pub, reason = "modules of a test binary share through pub")]
 
 mod bad_input;
+mod devices;
 mod floors;
 mod golden;
 mod gpu;
@@ -13,6 +14,7 @@ mod http;
 mod job_request;
 mod journey;
 mod kernels;
+mod machine;
 mod openapi;
 mod operations;
 mod optim;

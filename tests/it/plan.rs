@@ -2,7 +2,10 @@
 
 use longhaul::{
     bench::shapes,
-    domain::{ModelConfig, training::{Moments, Precision}},
+    domain::{
+        ModelConfig,
+        training::{Moments, Precision},
+    },
     plan::{self, Forced, Place, Request, Slot, layout::Category},
 };
 

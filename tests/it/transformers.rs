@@ -5,7 +5,10 @@
 use std::{path::Path, process::Command};
 
 use longhaul::{
-    domain::{ModelConfig, TrainingSpec, training::{Moments, Precision}},
+    domain::{
+        ModelConfig, TrainingSpec,
+        training::{Moments, Precision},
+    },
     engine::{
         backend::{Backend, DType, Tensor, cpu::Cpu},
         checkpoint::huggingface,

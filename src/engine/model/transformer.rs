@@ -128,9 +128,9 @@ impl Transformer {
 
     /// The sequence as a layer sees it.
     fn of_layer<'a>(&self, layer: u64, at: block::Sequence<'a>) -> block::Sequence<'a> {
-        let attends_from = self.memory_proof.map_or(0, |proof| {
-            if layer < proof.layers { at.tokens.saturating_sub(proof.rows) } else { at.tokens }
-        });
+        let attends_from = self
+            .memory_proof
+            .map_or(0, |proof| if layer < proof.layers { at.tokens.saturating_sub(proof.rows) } else { at.tokens });
         block::Sequence { attends_from, ..at }
     }
 
@@ -176,7 +176,8 @@ impl Transformer {
                 self.input(b, layer, x, arriving)?;
                 self.checkpoints.release(layer);
             }
-            let next = if layer > start { Some(layer - 1) } else { segment.checked_sub(1).map(|s| self.segment_starts[s]) };
+            let next =
+                if layer > start { Some(layer - 1) } else { segment.checked_sub(1).map(|s| self.segment_starts[s]) };
             let (kept, of_layer) = (self.checkpoints.layer(layer), self.of_layer(layer, at));
             let (weights, grads) = (&self.weights.layers[layer as usize], self.grads.begin_layer(b, layer)?);
             let checkpoints = &self.checkpoints;
@@ -194,13 +195,7 @@ impl Transformer {
     }
 
     /// A layer's kept input in `x`: on its way already, or fetched whole.
-    fn input<B: Backend>(
-        &self,
-        b: &mut B,
-        layer: u64,
-        x: Tensor,
-        arriving: &mut Option<Arriving<B::Event>>,
-    ) -> Result {
+    fn input<B: Backend>(&self, b: &mut B, layer: u64, x: Tensor, arriving: &mut Option<Arriving<B::Event>>) -> Result {
         let last = match arriving.take() {
             Some(on_its_way) if on_its_way.layer == layer => on_its_way.last,
             _ => self.checkpoints.fetch(b, layer, &(0..x.rows), x)?,

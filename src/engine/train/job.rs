@@ -5,7 +5,7 @@ use std::{collections::BTreeMap, path::Path, time::Instant};
 use super::{
     Observer, Outcome,
     order::Order,
-    saved,
+    prepare, saved,
     session::{Session, Totals},
 };
 use crate::{
@@ -62,6 +62,8 @@ pub(super) fn train<B: Backend>(
     data: &Data,
     observer: &mut dyn Observer,
 ) -> Result<Outcome> {
+    // Told only once the device is open: one that is not there trains nothing as planned.
+    prepare::announce(plan, config, run, observer);
     let mut session = Session::new(backend, plan, config, &run.work_dir.join("spill"))?;
     let progress = if let Some(folder) = &run.resume_from {
         saved::resume(&mut session, folder)?

@@ -9,9 +9,14 @@ pub mod session;
 
 pub use job::Progress;
 
-use super::{backend::cpu::Cpu, checkpoint::huggingface, error::Result};
+use super::{
+    backend::{cpu::Cpu, cuda::Cuda},
+    checkpoint::huggingface,
+    error::Result,
+};
 use crate::domain::{
-    Event, ModelConfig, RunSpec,
+    Event, Invalid, ModelConfig, RunSpec,
+    machine::DeviceKind,
     progress::{DataSummary, Evaluation, StepMetrics, WrittenCheckpoint},
     training::Precision,
 };
@@ -48,15 +53,26 @@ pub enum Outcome {
 pub fn train(run: &RunSpec, observer: &mut dyn Observer) -> Result<Outcome> {
     job::prepare(&run.work_dir)?;
     let config = ModelConfig::from_config_text(&huggingface::config_text(&run.model)?)?;
+    config.check_on(run.machine.device)?;
     let (data, plan) = prepare::data_and_plan(run, &config, observer)?;
     observer.data(&prepare::summary(&data));
     if run.inspect_only {
         return Ok(Outcome::Finished { trained_tokens: 0 });
     }
-    prepare::announce(&plan, &config, run, observer);
     let threads = std::thread::available_parallelism().map_or(1, Into::into);
-    match run.training.precision {
-        Precision::F32 => job::train(Cpu::<f32>::new(threads)?, run, &config, &plan, &data, observer),
-        Precision::Bf16 => job::train(Cpu::<half::bf16>::new(threads)?, run, &config, &plan, &data, observer),
+    match (run.machine.device, plan.precision) {
+        (DeviceKind::Cpu, Precision::F32) => {
+            job::train(Cpu::<f32>::new(threads)?, run, &config, &plan, &data, observer)
+        }
+        (DeviceKind::Cpu, Precision::Bf16) => {
+            job::train(Cpu::<half::bf16>::new(threads)?, run, &config, &plan, &data, observer)
+        }
+        (DeviceKind::Cuda, Precision::Bf16) => {
+            job::train(Cuda::open(run.gpu, &run.libraries)?, run, &config, &plan, &data, observer)
+        }
+        (DeviceKind::Cuda, Precision::F32) => {
+            let message = "a GPU trains in bf16: leave training.precision out, or set training.device to cpu";
+            Err(Invalid::new("training.precision", message).into())
+        }
     }
 }

@@ -36,7 +36,7 @@ pub(super) fn data_and_plan(run: &RunSpec, config: &ModelConfig, observer: &mut 
     let asked = spec.sequence_length.unwrap_or(longest_document).max(2).next_multiple_of(pad_to);
     let request = Request {
         model: config,
-        precision: spec.precision,
+        precision: spec.precision_on(run.machine.device),
         moments: spec.moments,
         tokens: asked,
         micro_batches: u64::from(spec.gradient_accumulation_steps),
@@ -107,9 +107,10 @@ pub(super) fn summary(data: &Data) -> DataSummary {
 pub(super) fn announce(plan: &Plan, config: &ModelConfig, run: &RunSpec, observer: &mut dyn Observer) {
     let choice = &plan.choice;
     let message = format!(
-        "planned on {}: sequences of up to {} tokens in chunks of {}, {} of {} layer inputs kept, {:.2} GiB at the peak, \
-         about {:.1} s a full sequence",
+        "planned on {} in {}: sequences of up to {} tokens in chunks of {}, {} of {} layer inputs kept, {:.2} GiB at the \
+         peak, about {:.1} s a full sequence",
         run.machine.device_name,
+        plan.precision.as_str(),
         plan.tokens,
         choice.chunk_tokens,
         choice.checkpoint_slots,

@@ -4,7 +4,10 @@ use std::time::Duration;
 
 use serde_json::{Value, json};
 
-use crate::support::service::{Service, body};
+use crate::support::{
+    model::{gpu, machine},
+    service::{Service, body},
+};
 
 const JOBS: &str = "/v1/fine_tuning/jobs";
 const GIB: u64 = 1 << 30;
@@ -58,7 +61,8 @@ async fn a_job_echoes_what_was_asked_with_every_default_filled_in() {
         ("learning_rate", json!(5e-6)),
         ("weight_decay", json!(0.1)),
         ("beta2", json!(0.95)),
-        ("precision", json!("f32")),
+        ("precision", Value::Null),
+        ("device", Value::Null),
         ("packing", json!(true)),
         ("seed", json!(42)),
         ("additional_training_files", json!([second])),
@@ -170,6 +174,40 @@ async fn an_unknown_model_is_refused_with_those_there_are() {
     assert!(error["message"].as_str().unwrap().contains("another family"), "{error}");
     let cuda = body(&file, json!({"training": {"device": "cuda"}}));
     assert_eq!(service.post(JOBS, &cuda).await.error(400, "training.device")["code"], "no_such_device");
+}
+
+#[tokio::test]
+async fn a_job_is_held_against_the_device_that_would_train_it() {
+    let service = Service::new("device").await;
+    let file = service.upload("a.txt", b"text").await;
+    let post = async |training: Value| service.post(JOBS, &body(&file, json!({"training": training}))).await;
+    let long = 1 << 24;
+    service.host(256 * GIB).await;
+    let cuda = json!({"device": "cuda"});
+    let error = post(cuda.clone()).await.error(400, "training.device");
+    assert!(error["message"].as_str().unwrap().contains("has a GPU"), "{error}");
+    post(json!({"sequence_length": long})).await.json();
+
+    // A host with a small GPU beside large memory: who asks for the GPU, or for nothing, is bound by the GPU's memory.
+    sqlx::Executor::execute(&mut service.database.connection().await, "DELETE FROM hosts").await.unwrap();
+    service.host_with(&[gpu(512 << 20), machine(256 * GIB)]).await;
+    let echoed = post(cuda).await.json();
+    assert_eq!((&echoed["training"]["device"], &echoed["training"]["precision"]), (&json!("cuda"), &Value::Null));
+    for training in [json!({"sequence_length": long}), json!({"sequence_length": long, "device": "cuda"})] {
+        let error = post(training).await.error(400, "training.sequence_length");
+        assert!(error["message"].as_str().unwrap().contains("device memory"), "{error}");
+    }
+    post(json!({"sequence_length": long, "device": "cpu"})).await.json();
+    let echoed = post(json!({"sequence_length": long, "precision": "f32"})).await.json();
+    assert_eq!((&echoed["training"]["device"], &echoed["training"]["precision"]), (&Value::Null, &json!("f32")));
+    let error = post(json!({"precision": "f32", "device": "cuda"})).await.error(400, "training.precision");
+    assert!(error["message"].as_str().unwrap().contains("bf16"), "{error}");
+
+    let odd = "UPDATE hosts SET models = jsonb_set(models, '{0,config,head_dim}', '12')";
+    sqlx::Executor::execute(&mut service.database.connection().await, odd).await.unwrap();
+    let error = post(json!({})).await.error(400, "training.device");
+    assert!(error["message"].as_str().unwrap().contains("heads of 12"), "{error}");
+    post(json!({"device": "cpu"})).await.json();
 }
 
 #[tokio::test]

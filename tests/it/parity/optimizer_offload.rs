@@ -29,10 +29,10 @@ fn trained(moments: Moments, forced: Forced) -> (Plan, Vec<u8>) {
         forced,
     };
     let plan = plan::plan(&request).expect("a small model fits");
-    let mut session =
-        Session::new(Cpu::<half::bf16>::new(2).unwrap(), &plan, &config, &std::env::temp_dir()).unwrap();
+    let mut session = Session::new(Cpu::<half::bf16>::new(2).unwrap(), &plan, &config, &std::env::temp_dir()).unwrap();
     for (i, parameter) in session.weights().into_iter().enumerate() {
-        let values: Vec<f64> = (0..parameter.tensor.elements()).map(|j| 0.1 * ((i + 7) as f64 * j as f64).sin()).collect();
+        let values: Vec<f64> =
+            (0..parameter.tensor.elements()).map(|j| 0.1 * ((i + 7) as f64 * j as f64).sin()).collect();
         write(&mut session.backend, parameter.tensor, &values);
     }
     let low = session.optimizer().low.expect("bf16 weights have masters");
@@ -79,11 +79,8 @@ fn state_in_host_memory_is_state_on_the_device() {
     for moments in [Moments::F32, Moments::Bf16] {
         let (_, resident) = trained(moments, Forced { optimizer_host_elements: Some(0), ..Forced::default() });
         for (hosted, staged) in [(1, 8), (100, 7), (n / 2, 1000), (n - 1, n), (n, 4097)] {
-            let forced = Forced {
-                optimizer_host_elements: Some(hosted),
-                staged_elements: Some(staged),
-                ..Forced::default()
-            };
+            let forced =
+                Forced { optimizer_host_elements: Some(hosted), staged_elements: Some(staged), ..Forced::default() };
             let (plan, bytes) = trained(moments, forced);
             let state = if moments == Moments::F32 { 10 } else { 6 };
             assert!(plan.layout.host_bytes >= hosted * state, "{} bytes for {hosted}", plan.layout.host_bytes);

@@ -3,11 +3,11 @@
 use std::{collections::HashSet, time::Duration};
 
 use longhaul::{
-    domain::{ExecutorId, Invalid, JobId, JobStatus},
+    domain::{ExecutorId, Invalid, JobId, JobStatus, training::Precision},
     store::{
         Page, Store,
         jobs::{Cancellation, Job},
-        queue::{Settlement, Wish, Work},
+        queue::{ANY_DEVICE, Claimant, Settlement, Wish, Work},
     },
 };
 use sqlx::Executor;
@@ -81,6 +81,54 @@ async fn the_oldest_job_that_the_host_can_do_is_next() {
     assert_eq!(rows::claim(&store, Work::Train, LONG).await.unwrap().job, ids[3], "priority first");
     assert_eq!(rows::claim(&store, Work::Train, LONG).await.unwrap().job, ids[2], "then age");
     assert_eq!(rows::claim(&store, Work::Train, LONG).await, None);
+    store.close().await;
+}
+
+#[tokio::test]
+async fn a_claim_is_for_the_devices_that_it_names() {
+    let (database, sandbox) = (database().await, Sandbox::new("devices"));
+    let store = database.store(&sandbox).await;
+    let mut connection = database.connection().await;
+    let mut ids = Vec::new();
+    let wishes =
+        ["{}", r#"{"precision": "bf16"}"#, r#"{"precision": "f32"}"#, r#"{"device": "cpu"}"#, r#"{"device": "cuda"}"#];
+    for wish in wishes {
+        let id = rows::queued(&store).await;
+        let set = format!("UPDATE jobs SET training = training || '{wish}' WHERE id = '{id}'");
+        connection.execute(sqlx::AssertSqlSafe(set)).await.unwrap();
+        ids.push(id);
+    }
+    for (devices, expected) in [
+        (&["cpu"][..], &[2, 3][..]),
+        (&["cuda"], &[4]),
+        (&["cuda", ANY_DEVICE], &[0, 1, 4]),
+        (&["cpu", ANY_DEVICE], &[0, 1, 2, 3]),
+    ] {
+        let words: Vec<String> = devices.iter().map(ToString::to_string).collect();
+        let (executor, models) = (ExecutorId::random(), ["tiny".to_owned()]);
+        let by = Claimant { executor: &executor, lease: LONG, models: &models, devices: &words };
+        let mut claims = Vec::new();
+        while let Some(claim) = store.claim_job(Work::Train, &by).await.unwrap() {
+            claims.push(claim);
+        }
+        let claimed: Vec<usize> =
+            claims.iter().map(|claim| ids.iter().position(|id| *id == claim.job).unwrap()).collect();
+        assert_eq!(claimed, expected, "{devices:?}");
+        for claim in claims {
+            assert!(store.settle_job(&claim.job, claim.epoch, &Settlement::Released).await.unwrap());
+        }
+    }
+    store.close().await;
+}
+
+#[tokio::test]
+async fn a_checkpoint_settles_what_its_job_goes_on_in() {
+    let (database, sandbox) = (database().await, Sandbox::new("precision"));
+    let store = database.store(&sandbox).await;
+    let held = rows::running(&store, LONG).await;
+    assert_eq!(job(&store, &held.job).await.training.precision, None);
+    rows::checkpoint(&store, &sandbox, &held, 1, false, &[("config.json", b"{}")]).await;
+    assert_eq!(job(&store, &held.job).await.training.precision, Some(Precision::F32));
     store.close().await;
 }
 

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, time::Duration};
 use longhaul::{
     domain::{
         CheckpointId, ExecutorId, FileId, JobId, TrainingSpec, hex,
+        machine::DeviceKind,
         progress::{StepMetrics, WrittenCheckpoint, WrittenFile},
     },
     store::{
@@ -12,7 +13,7 @@ use longhaul::{
         checkpoints::{NewCheckpoint, Recorded},
         files::NewFile,
         jobs::{Attempt, Created, NewJob},
-        queue::{Claim, Claimant, Settlement, Work},
+        queue::{ANY_DEVICE, Claim, Claimant, Settlement, Work},
     },
 };
 use serde_json::json;
@@ -56,7 +57,7 @@ pub async fn claim(store: &Store, work: Work, lease: Duration) -> Option<Claim> 
 }
 
 pub async fn claim_as(store: &Store, executor: &ExecutorId, work: Work, lease: Duration) -> Option<Claim> {
-    let (models, devices) = (["tiny".to_owned()], ["cpu".to_owned()]);
+    let (models, devices) = (["tiny".to_owned()], ["cpu".to_owned(), ANY_DEVICE.to_owned()]);
     let by = Claimant { executor, lease, models: &models, devices: &devices };
     store.claim_job(work, &by).await.unwrap()
 }
@@ -124,7 +125,8 @@ pub async fn checkpoint(
         last,
         trained_tokens: 128 * step,
     };
-    let new = NewCheckpoint { id: id.clone(), job: &held.job, epoch: held.epoch, written: &written };
+    let precision = held.training.precision_on(DeviceKind::Cpu);
+    let new = NewCheckpoint { id: id.clone(), job: &held.job, epoch: held.epoch, precision, written: &written };
     let recorded = store.record_checkpoint(&new).await.unwrap();
     (id, recorded)
 }

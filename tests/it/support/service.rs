@@ -7,7 +7,7 @@ use axum::{
 };
 use longhaul::{
     api::{self, Settings},
-    domain::{BaseModel, ExecutorId},
+    domain::{BaseModel, ExecutorId, Machine},
     store::{Store, hosts::NewHost},
 };
 use serde_json::{Value, json};
@@ -88,11 +88,16 @@ impl Service {
 
     /// A live host with the model `tiny` and so many bytes of memory.
     pub async fn host(&self, bytes: u64) -> ExecutorId {
+        self.host_with(&[machine(bytes)]).await
+    }
+
+    /// A live host with the model `tiny` and these devices.
+    pub async fn host_with(&self, machines: &[Machine]) -> ExecutorId {
         let executor = ExecutorId::random();
         let tiny = BaseModel { name: "tiny".into(), config: Some(config(true)), problem: None };
         let broken = BaseModel { name: "broken".into(), config: None, problem: Some("it is of another family".into()) };
-        let (machines, models) = ([machine(bytes)], [tiny, broken]);
-        let host = NewHost { executor: &executor, hostname: "host", machines: &machines, models: &models };
+        let models = [tiny, broken];
+        let host = NewHost { executor: &executor, hostname: "host", machines, models: &models };
         self.store.publish_host(&host).await.unwrap();
         executor
     }

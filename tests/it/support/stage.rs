@@ -2,7 +2,10 @@
 //! what a GPU is held to has been seen to hold somewhere.
 
 use longhaul::{
-    domain::{Machine, ModelConfig, training::{Moments, Precision}},
+    domain::{
+        Machine, ModelConfig,
+        training::{Moments, Precision},
+    },
     engine::{
         backend::{AdamW, Backend, cpu::Cpu},
         train::session::Session,
@@ -27,7 +30,8 @@ pub trait Stage {
     fn plan(&self, config: &ModelConfig, tokens: u64, forced: Forced) -> Plan {
         let machine = &self.machine();
         let (precision, moments, micro_batches) = (Precision::Bf16, Moments::F32, 1);
-        plan::plan(&plan::Request { model: config, precision, moments, tokens, micro_batches, machine, forced }).unwrap()
+        plan::plan(&plan::Request { model: config, precision, moments, tokens, micro_batches, machine, forced })
+            .unwrap()
     }
 }
 

@@ -83,6 +83,8 @@ impl Studio {
             validation_files: Vec::new(),
             training,
             machine: machine(1 << 30),
+            gpu: 0,
+            libraries: Vec::new(),
             work_dir: self.sandbox.join(name),
             resume_from: None,
             inspect_only: false,

@@ -13,7 +13,7 @@ fn stopped_at_any_step_is_never_stopped() {
     let studio = Studio::new("resume");
     let files = [studio.five()];
     for precision in [Precision::F32, Precision::Bf16] {
-        let training = TrainingSpec { precision, gradient_accumulation_steps: 2, ..spec(5) };
+        let training = TrainingSpec { precision: Some(precision), gradient_accumulation_steps: 2, ..spec(5) };
         let name = |part: &str| format!("{precision:?}-{part}");
         let whole = finish(&studio.run(&name("whole"), &files, training.clone()));
         assert_eq!(whole.steps.len(), 5);

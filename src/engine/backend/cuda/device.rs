@@ -59,7 +59,18 @@ impl Device {
         let multiprocessors = context.attribute(attribute).map_err(driver("count multiprocessors"))? as u64;
         let (compute, down, up, comm) = (stream()?, stream()?, stream()?, stream()?);
         let (memory, host) = (Block::default(), Block::default());
-        Ok(Self { context, compute, down, up, comm, memory, host, pinned: None, free_before: free_bytes(), multiprocessors })
+        Ok(Self {
+            context,
+            compute,
+            down,
+            up,
+            comm,
+            memory,
+            host,
+            pinned: None,
+            free_before: free_bytes(),
+            multiprocessors,
+        })
     }
 
     /// Takes the arenas, once: `bytes` of the card's memory and `host_bytes` of pinned host memory. Content is undefined.
