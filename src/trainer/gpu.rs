@@ -29,7 +29,7 @@ struct Card {
 
 /// Cards by name; the first that fits counts.
 const CARDS: [Card; 5] = [
-    Card { name: "H200", memory_bytes: 141_000_000_000, rates: [700e12, 525e12, 3.6e12, 50e9] },
+    Card { name: "H200", memory_bytes: 141_000_000_000, rates: [730e12, 530e12, 3.6e12, 50e9] },
     Card { name: "H100 PCIe", memory_bytes: 80_000_000_000, rates: [450e12, 340e12, 1.7e12, 50e9] },
     Card { name: "H100", memory_bytes: 80_000_000_000, rates: [700e12, 525e12, 2.9e12, 50e9] },
     Card { name: "A100-SXM4-40GB", memory_bytes: 40_000_000_000, rates: [240e12, 165e12, 1.3e12, 22e9] },
