@@ -215,7 +215,7 @@ pub enum Bench {
     /// Operations of the CUDA backend against the CPU reference, and their speed
     Ops(bench::ops::Args),
     /// Optimizer steps, one JSON line each
-    Step(Here<bench::step::Args>),
+    Step(Box<Here<bench::step::Args>>),
 }
 
 /// What is done with a model folder.

@@ -192,7 +192,8 @@ struct Run<'a, B> {
 impl<'a, B: Backend> Run<'a, B> {
     fn new(backend: B, job: &'a Job<'a>) -> Result<Self> {
         let mut session = Session::new(backend, &job.plan, &job.config, job.scratch)?;
-        session.prepare(&[0..job.args.tokens])?;
+        let whole = 0..job.args.tokens;
+        session.prepare(std::slice::from_ref(&whole))?;
         random::weights(&mut session)?;
         if let Some(proof) = proof(job) {
             session.prove_memory(proof);

@@ -242,7 +242,7 @@ impl Laying {
             }
         }
         let (moment, hosted) = (choice.moment_element(), choice.optimizer_host_elements);
-        let low = if self.widths.storage < self.widths.wide { 1 } else { 0 };
+        let low = u64::from(self.widths.storage < self.widths.wide);
         let optimizer = Category::Optimizer;
         self.put_host(Slot::HostMomentM, optimizer, moment, 1, hosted);
         self.put_host(Slot::HostMomentV, optimizer, moment, 1, hosted);
