@@ -106,6 +106,11 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result {
     if args.device != "cuda" {
         return Err(Invalid::new("--device", format!("device is cuda, not {}", args.device)).into());
     }
+    let wanted = |group: &str| args.only.as_deref().is_none_or(|only| only == group);
+    if !GROUPS.iter().any(|(name, ..)| wanted(name)) {
+        let names: Vec<&str> = GROUPS.iter().map(|(name, ..)| *name).collect();
+        return Err(Invalid::new("--only", format!("operations are {}", names.join(", "))).into());
+    }
     let mut cuda = Cuda::open(0, &args.libraries)?;
     cuda.reserve(args.memory << 30, 0)?;
     let threads = args.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, Into::into));
@@ -114,11 +119,6 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result {
     report.line(&json!({ "card": card, "cudnn": cudnn, "multiprocessors": cuda.device.multiprocessors() }))?;
     let mut twins = Twins::new(Cpu::new(threads)?, Cpu::new(threads)?, cuda, args.memory << 30)?;
     let (t, r) = (&mut twins, &mut report);
-    let wanted = |group: &str| args.only.as_deref().is_none_or(|only| only == group);
-    if !GROUPS.iter().any(|(name, ..)| wanted(name)) {
-        let names: Vec<&str> = GROUPS.iter().map(|(name, ..)| *name).collect();
-        return Err(Invalid::new("--only", format!("operations are {}", names.join(", "))).into());
-    }
     for (_, check, _) in GROUPS.iter().filter(|(name, ..)| wanted(name)) {
         check(t, r)?;
     }

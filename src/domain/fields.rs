@@ -145,8 +145,8 @@ impl<'a> Fields<'a> {
     /// One of a few words, each with its meaning.
     pub fn word<T: Copy>(&self, name: &str, words: &[(&str, T)]) -> Result<Option<T>, Invalid> {
         let Some(value) = self.value(name) else { return Ok(None) };
-        let meant = words.iter().find(|(word, _)| value.as_str() == Some(word));
-        meant.map(|(_, meaning)| Some(*meaning)).ok_or_else(|| {
+        let meaning = value.as_str().and_then(|text| meant(words, text));
+        meaning.map(Some).ok_or_else(|| {
             let known: Vec<String> = words.iter().map(|(word, _)| format!("\"{word}\"")).collect();
             self.refuse(name, format!("must be {}, not {}", known.join(" or "), shown(value)))
         })
@@ -187,4 +187,9 @@ fn shown(value: &Value) -> String {
         Value::String(text) if text.len() <= 40 => format!("\"{text}\""),
         other => kind(other).to_owned(),
     }
+}
+
+/// What a text means as one of a few words.
+pub(super) fn meant<T: Copy>(words: &[(&str, T)], text: &str) -> Option<T> {
+    words.iter().find(|(word, _)| *word == text).map(|(_, meaning)| *meaning)
 }

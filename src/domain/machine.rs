@@ -4,6 +4,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use super::fields::meant;
+
 /// Where a trainer computes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -31,8 +33,7 @@ impl FromStr for DeviceKind {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let known = Self::WORDS.into_iter().find(|(word, _)| *word == text);
-        known.map(|(_, device)| device).ok_or_else(|| format!("device is cpu or cuda, not {text}"))
+        meant(&Self::WORDS, text).ok_or_else(|| format!("device is cpu or cuda, not {text}"))
     }
 }
 

@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Invalid, machine::DeviceKind};
+use super::{Invalid, fields::meant, machine::DeviceKind};
 
 /// What was asked of the training, checked. Field names are those of the request's `training` object.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -104,8 +104,7 @@ impl FromStr for Precision {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let known = Self::WORDS.into_iter().find(|(word, _)| *word == text);
-        known.map(|(_, precision)| precision).ok_or_else(|| format!("precision is f32 or bf16, not {text}"))
+        meant(&Self::WORDS, text).ok_or_else(|| format!("precision is f32 or bf16, not {text}"))
     }
 }
 
@@ -129,8 +128,7 @@ impl FromStr for Moments {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let known = Self::WORDS.into_iter().find(|(word, _)| *word == text);
-        known.map(|(_, moments)| moments).ok_or_else(|| format!("moments are f32 or bf16, not {text}"))
+        meant(&Self::WORDS, text).ok_or_else(|| format!("moments are f32 or bf16, not {text}"))
     }
 }
 

@@ -4,7 +4,7 @@
 use std::{fs, os::unix::fs::PermissionsExt, path::PathBuf, time::Duration};
 
 use longhaul::{
-    cli::model,
+    cli::model::init,
     domain::{
         Machine,
         machine::{DeviceKind, Found},
@@ -58,21 +58,7 @@ impl Host {
         for part in ["orders", "end"] {
             fs::create_dir(folder.join(part)).unwrap();
         }
-        let words = folder.join("words.txt");
-        fs::write(&words, crate::training::story(1, 400)).unwrap();
-        let model = model::Args {
-            folder: folder.join("models/small"),
-            document: vec![words],
-            vocab_size: 300,
-            layers: 2,
-            hidden_size: 32,
-            intermediate_size: 48,
-            heads: 4,
-            kv_heads: 2,
-            max_position_embeddings: 4096,
-            seed: 3,
-        };
-        model::init(&model).unwrap();
+        init(&crate::training::small_model(&folder, "models/small")).unwrap();
         let program =
             PROGRAM.replace("FOLDER", folder.to_str().unwrap()).replace("BINARY", env!("CARGO_BIN_EXE_longhaul"));
         fs::write(folder.join("program"), program).unwrap();

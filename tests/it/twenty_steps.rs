@@ -20,7 +20,7 @@ use crate::{
         model::Tokens,
         stage::{OnCpu, Stage, hyper},
     },
-    training::story,
+    training::small_model,
 };
 
 pub const PYTHON: &str = "LONGHAUL_REFERENCE_PYTHON";
@@ -52,11 +52,7 @@ struct Theirs {
 }
 
 fn make_model(folder: &Path, sizes: &Sizes) -> ModelConfig {
-    let words = folder.join("words.txt");
-    std::fs::write(&words, story(1, 400)).unwrap();
     let args = Args {
-        folder: folder.join("model"),
-        document: vec![words],
         vocab_size: sizes.vocab,
         layers: sizes.layers,
         hidden_size: sizes.hidden,
@@ -65,6 +61,7 @@ fn make_model(folder: &Path, sizes: &Sizes) -> ModelConfig {
         kv_heads: sizes.kv_heads,
         max_position_embeddings: 8192,
         seed: 5,
+        ..small_model(folder, "model")
     };
     init(&args).unwrap();
     ModelConfig::from_config_text(&huggingface::config_text(&args.folder).unwrap()).unwrap()

@@ -75,7 +75,7 @@ fn window(
     report.errors("attention log-sum-exp", &shape, &[("lse", t.error(lse)?)], WIDE_BOUND)
 }
 
-/// Operations a second of whole calls of the backend: all heads, one kv head at a time, gradients added up in f32.
+/// Operations a second of whole calls of the backend: all heads, gradients added up in f32.
 pub(super) fn measure(t: &mut Twins, report: &mut Report, most_keys: u64) -> Result {
     for keys in [1 << 14, 1 << 15, 1 << 17, 1 << 19, 1 << 20].into_iter().filter(|keys| *keys <= most_keys) {
         for chunk in [8192, 16_384, 32_768].into_iter().filter(|chunk| *chunk <= keys) {

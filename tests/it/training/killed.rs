@@ -21,7 +21,7 @@ use longhaul::{
 };
 use serde_json::{Value, json};
 
-use super::story;
+use super::small_model;
 use crate::support::{
     Sandbox,
     model::{Tokens, read_bytes},
@@ -38,21 +38,8 @@ const KILLED: u64 = 6;
 
 /// Four heads of 64 and a small vocabulary, as `longhaul model init` makes them.
 fn make_model(folder: &Path) {
-    let words = folder.join("words.txt");
-    std::fs::write(&words, story(1, 400)).unwrap();
-    let args = Args {
-        folder: folder.join("model"),
-        document: vec![words],
-        vocab_size: 304,
-        layers: 2,
-        hidden_size: 256,
-        intermediate_size: 384,
-        heads: 4,
-        kv_heads: 2,
-        max_position_embeddings: 4096,
-        seed: 3,
-    };
-    init(&args).unwrap();
+    let sizes = Args { vocab_size: 304, hidden_size: 256, intermediate_size: 384, ..small_model(folder, "model") };
+    init(&sizes).unwrap();
 }
 
 fn config(folder: &Path) -> ModelConfig {

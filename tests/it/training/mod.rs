@@ -28,30 +28,34 @@ use crate::support::{
     model::{Random, machine},
 };
 
+/// Two layers, heads of 8 and about 300 tokens of vocabulary, as `longhaul model init` makes them: in `folder` under `name`,
+/// its words beside it.
+pub fn small_model(folder: &Path, name: &str) -> Args {
+    let words = folder.join("words.txt");
+    std::fs::write(&words, story(1, 400)).unwrap();
+    Args {
+        folder: folder.join(name),
+        document: vec![words],
+        vocab_size: 300,
+        layers: 2,
+        hidden_size: 32,
+        intermediate_size: 48,
+        heads: 4,
+        kv_heads: 2,
+        max_position_embeddings: 4096,
+        seed: 3,
+    }
+}
+
 /// A base model and a place for its runs.
 pub struct Studio {
     pub sandbox: Sandbox,
 }
 
 impl Studio {
-    /// Two layers and about 300 tokens of vocabulary, made as `longhaul model init` makes them.
     pub fn new(name: &str) -> Self {
         let sandbox = Sandbox::new(name);
-        let words = sandbox.join("words.txt");
-        std::fs::write(&words, story(1, 400)).unwrap();
-        let args = Args {
-            folder: sandbox.join("model"),
-            document: vec![words],
-            vocab_size: 300,
-            layers: 2,
-            hidden_size: 32,
-            intermediate_size: 48,
-            heads: 4,
-            kv_heads: 2,
-            max_position_embeddings: 4096,
-            seed: 3,
-        };
-        init(&args).unwrap();
+        init(&small_model(sandbox.path(), "model")).unwrap();
         Self { sandbox }
     }
 
