@@ -69,6 +69,9 @@ pub struct Args {
     /// Parameters whose optimizer state is in host memory, instead of the planner's choice
     #[arg(long)]
     pub optimizer_host_elements: Option<u64>,
+    /// Layers whose weights are in host memory, instead of the planner's choice
+    #[arg(long)]
+    pub weights_host_layers: Option<u64>,
     /// Storage type of the moments: f32 or bf16
     #[arg(long, default_value = "f32")]
     pub moments: Moments,
@@ -149,6 +152,7 @@ fn planned<'a>(
         checkpoint_slots: args.slots,
         checkpoint_host_rows: args.checkpoint_host_rows,
         optimizer_host_elements: args.optimizer_host_elements,
+        weights_host_layers: args.weights_host_layers,
         kept_attention_layers: args.kept_layers,
         kept_qkv_layers: args.kept_layers,
         kept_gate_up_layers: args.kept_layers,

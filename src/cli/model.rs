@@ -162,7 +162,7 @@ fn write_weights(staging: &mut Staging, config: &ModelConfig, seed: u64) -> Resu
         let (name, gain) = (&planned[i].name, planned[i].shape.len() == 1);
         let residual = name.ends_with("o_proj.weight") || name.ends_with("down_proj.weight");
         let deviation = if residual { DEVIATION / (2.0 * config.n_layers as f64).sqrt() } else { DEVIATION };
-        let first = named[i].tensor.offset / 4;
+        let first = named[i].first;
         let n = named[i].tensor.elements();
         let mut bytes = Vec::with_capacity(1 << 16);
         for start in (first..first + n).step_by(1 << 14) {

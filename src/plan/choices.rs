@@ -39,8 +39,8 @@ const SHARE_ELEMENTS: u64 = 4096;
 /// the last piece, which nothing hides, do not count.
 const STAGED_ELEMENTS: u64 = 32 << 20;
 
-/// Every combination of chunk and tile size, kind of gradients, number and place of kept inputs, place of the optimizer's
-/// state; nothing kept beyond layer inputs, all of them in the device's memory.
+/// Every combination of chunk and tile size, kind of gradients, number and place of kept inputs, place of weights and of the
+/// optimizer's state; nothing kept beyond layer inputs, all of them in the device's memory.
 pub(super) fn bare(request: &Request) -> Vec<Choice> {
     let slots = slots(request);
     let places = request.forced.place.map_or(vec![Place::Memory, Place::Disk], |place| vec![place]);
@@ -50,9 +50,9 @@ pub(super) fn bare(request: &Request) -> Vec<Choice> {
             let Some(segment_starts) = segments::starts(request.model.n_layers, *slots) else { continue };
             for place in &places {
                 for gradients in gradients(request) {
-                    for hosted in optimizer_shares(request) {
+                    for homes in homes(request) {
                         let sizes = (chunk, tile);
-                        choices.push(choice(request, sizes, segment_starts.clone(), (*place, gradients, hosted)));
+                        choices.push(choice(request, sizes, segment_starts.clone(), (*place, gradients), homes));
                     }
                 }
             }
@@ -121,15 +121,39 @@ fn slots(request: &Request) -> Vec<u64> {
     request.forced.checkpoint_slots.map_or_else(|| (fewest..=n).filter(worth).collect(), |slots| vec![slots])
 }
 
-fn optimizer_shares(request: &Request) -> Vec<u64> {
-    let n = request.model.n_params();
-    if let Some(elements) = request.forced.optimizer_host_elements {
-        return vec![elements.min(n)];
+/// What of the model is in host memory.
+#[derive(Debug, Clone, Copy)]
+struct Homes {
+    optimizer_elements: u64,
+    weight_layers: u64,
+}
+
+fn homes(request: &Request) -> Vec<Homes> {
+    let (n, layers) = (request.model.n_params(), request.model.n_layers);
+    let shares = match request.forced.optimizer_host_elements {
+        Some(elements) => vec![elements.min(n)],
+        None if request.machine.host_bytes == 0 => vec![0],
+        None => (0..SHARES).map(|i| whole_vectors(n * i / SHARES)).chain([n]).collect(),
+    };
+    // Weights leave the device after all of the state, which is larger and used once a step.
+    let weights = match request.forced.weights_host_layers {
+        Some(layers_there) => vec![layers_there.min(layers)],
+        None if request.machine.host_bytes == 0 => vec![0],
+        None => vec![0, layers],
+    };
+    let homes = weights.into_iter().flat_map(|weight_layers| {
+        shares.iter().map(move |elements| Homes { optimizer_elements: *elements, weight_layers })
+    });
+    homes.filter(|homes| homes.optimizer_elements >= least_hosted(request, homes.weight_layers)).collect()
+}
+
+/// Parameters whose optimizer state must be in host memory when the weights of so many layers are.
+pub(super) fn least_hosted(request: &Request, weight_layers: u64) -> u64 {
+    let model = request.model;
+    match weight_layers {
+        0 => 0,
+        layers => model.vocab_size * model.hidden_size + layers * model.layer_params(),
     }
-    if request.machine.host_bytes == 0 {
-        return vec![0];
-    }
-    (0..SHARES).map(|i| whole_vectors(n * i / SHARES)).chain([n]).collect()
 }
 
 /// At most so many parameters, such that vectors of those after them start where vectors may.
@@ -141,7 +165,8 @@ fn choice(
     request: &Request,
     (chunk, tile): (u64, u64),
     segment_starts: Vec<u64>,
-    (place, gradients, hosted): (Place, Gradients, u64),
+    (place, gradients): (Place, Gradients),
+    Homes { optimizer_elements: hosted, weight_layers }: Homes,
 ) -> Choice {
     let model = request.model;
     let bytes = Sizes::of(request.machine.device).logits_tile_bytes;
@@ -158,6 +183,7 @@ fn choice(
         moments: request.moments,
         optimizer_host_elements: hosted,
         staged_elements: hosted.min(request.forced.staged_elements.unwrap_or(STAGED_ELEMENTS)),
+        weights_host_layers: weight_layers,
         kept_attention_layers: 0,
         kept_qkv_layers: 0,
         kept_gate_up_layers: 0,

@@ -108,7 +108,7 @@ pub fn step_seconds(model: &ModelConfig, machine: &Machine, widths: Widths, toke
         dense += if kept_gate_up { 0.0 } else { flops.gate_up };
         attended += if kept_attention { 0.0 } else { flops.attention };
         // Re-run to rebuild the next layer's input.
-        if !choice.segment_starts.contains(&(layer + 1)) && layer + 1 < layers {
+        if rerun(choice, layers, layer) {
             dense += flops.output + flops.down;
             dense += if kept_gate_up { 0.0 } else { flops.gate_up };
             dense += if kept_qkv || kept_attention { 0.0 } else { flops.qkv };
@@ -126,11 +126,28 @@ pub fn step_seconds(model: &ModelConfig, machine: &Machine, widths: Widths, toke
     // Logits are written once and read twice, their gradient written once and read twice.
     bytes += (tokens * model.vocab_size * 6 * widths.storage) as f64;
     let disk = disk_bytes(model, widths, tokens, choice) as f64 * 2.0 / rates.disk_bytes;
+    let forward = flops.dense() / gemm + flops.attention / attention + forward_bytes / rates.memory_bytes;
+    let visits =
+        visit_seconds(model, choice, forward, (model.layer_params() * widths.storage) as f64 / rates.link_bytes);
     (dense + head) / gemm
         + attended / attention
         + bytes / rates.memory_bytes
         + link_seconds(model, machine, widths, tokens, choice)
+        + visits
         + disk
+}
+
+/// True when a layer's forward runs again, to rebuild the input of the layer after it.
+fn rerun(choice: &Choice, layers: u64, layer: u64) -> bool {
+    !choice.segment_starts.contains(&(layer + 1)) && layer + 1 < layers
+}
+
+/// Seconds that weights from the host add: a layer's cross the link in `crossing` seconds beside the work on the layer before,
+/// of which a forward takes `forward`.
+fn visit_seconds(model: &ModelConfig, choice: &Choice, forward: f64, crossing: f64) -> f64 {
+    let visits = |layer| if rerun(choice, model.n_layers, layer) { 3.0 } else { 2.0 };
+    let in_all: f64 = (0..choice.weights_host_layers).map(visits).sum();
+    in_all * (HINDRANCE * crossing + (crossing - forward).max(0.0))
 }
 
 /// Seconds that the link to the host adds. State of the optimizer crosses it in the open, both ways at once. Kept inputs cross
@@ -138,7 +155,9 @@ pub fn step_seconds(model: &ModelConfig, machine: &Machine, widths: Widths, toke
 /// finishes last; and a few per cent of the hidden time is what it slows down the work beside it.
 fn link_seconds(model: &ModelConfig, machine: &Machine, widths: Widths, tokens: u64, choice: &Choice) -> f64 {
     let low = if widths.storage < widths.wide { 2 } else { 0 };
-    let state = choice.optimizer_host_elements * (2 * widths.of(choice.moment_element()) + low);
+    let layer_weights = model.layer_params() * widths.storage;
+    let state = choice.optimizer_host_elements * (2 * widths.of(choice.moment_element()) + low)
+        + choice.weights_host_layers * layer_weights;
     let slots = choice.memory_slots().max(1) as f64;
     let input = (tokens * model.hidden_size * widths.storage) as f64;
     let share = choice.checkpoint_host_rows as f64 / (slots * tokens as f64);

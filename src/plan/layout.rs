@@ -16,8 +16,11 @@ const ALIGNMENT: u64 = 256;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Slot {
-    /// All parameters, flat.
+    /// All parameters, flat, but those of layers whose weights are in host memory.
     Weights,
+    HostWeights,
+    /// Where these visit the device: two layers.
+    LayerWeights,
     /// Their gradients, and AdamW's two moments, flat, wide.
     Gradients,
     /// Wide sums of one layer's gradients, and of embedding or head and the last norm, where the flat ones are storage.
@@ -32,6 +35,7 @@ pub enum Slot {
     HostMomentV,
     HostMasterLow,
     /// Where they pass through the device: two buffers of each.
+    StagedWeights,
     StagedM,
     StagedV,
     StagedLow,
@@ -231,7 +235,11 @@ impl Laying {
     /// What lives from the first step to the last.
     fn persistent(&mut self, model: &ModelConfig, choice: &Choice) {
         let n = model.n_params();
-        self.put(Slot::Weights, Category::Weights, Element::Storage, 1, n);
+        let hosted = choice.weights_host_layers * model.layer_params();
+        self.put_host(Slot::HostWeights, Category::Weights, Element::Storage, 1, hosted);
+        self.put(Slot::Weights, Category::Weights, Element::Storage, 1, n - hosted);
+        let visiting = if hosted > 0 { 2 } else { 0 };
+        self.put(Slot::LayerWeights, Category::Weights, Element::Storage, visiting, model.layer_params());
         match choice.gradients {
             Gradients::Wide => self.put(Slot::Gradients, Category::Gradients, Element::Wide, 1, n),
             Gradients::Storage => {
@@ -324,6 +332,8 @@ impl Laying {
     fn update_work(&mut self, choice: &Choice) {
         let (n, work, moment) = (choice.staged_elements, Category::Work, choice.moment_element());
         let low = if self.widths.storage < self.widths.wide { 2 } else { 0 };
+        let weights = if choice.weights_host_layers > 0 { 2 } else { 0 };
+        self.put(Slot::StagedWeights, work, Element::Storage, weights, n);
         self.put(Slot::StagedM, work, moment, 2, n);
         self.put(Slot::StagedV, work, moment, 2, n);
         self.put(Slot::StagedLow, work, Element::Half, low, n);

@@ -46,6 +46,7 @@ pub struct Forced {
     pub checkpoint_host_rows: Option<u64>,
     pub optimizer_host_elements: Option<u64>,
     pub staged_elements: Option<u64>,
+    pub weights_host_layers: Option<u64>,
     pub kept_attention_layers: Option<u64>,
     pub kept_qkv_layers: Option<u64>,
     pub kept_gate_up_layers: Option<u64>,
@@ -124,6 +125,9 @@ pub struct Choice {
     pub optimizer_host_elements: u64,
     /// So many of these pass through the device at once.
     pub staged_elements: u64,
+    /// Layers (from the first) whose weights live in host memory and visit the device one layer ahead of the work. Their
+    /// optimizer state is in host memory too.
+    pub weights_host_layers: u64,
     /// Layers (from the first) whose attention output and log-sum-exp, q/k/v, or gate and up are kept for backward.
     pub kept_attention_layers: u64,
     pub kept_qkv_layers: u64,

@@ -118,6 +118,8 @@ enum Extra {
     Attention,
     Qkv,
     GateUp,
+    /// Weights that were to be in host memory, by layer.
+    Weights,
     /// Optimizer's state that was to be in host memory, by parts of it.
     Optimizer,
 }
@@ -131,6 +133,7 @@ impl Extra {
         match self {
             Self::Optimizer if choice.optimizer_host_elements == 0 => 0,
             Self::Optimizer => OPTIMIZER_PARTS,
+            Self::Weights => choice.weights_host_layers,
             _ => request.model.n_layers,
         }
     }
@@ -142,20 +145,23 @@ impl Extra {
             Self::GateUp => forced.kept_gate_up_layers,
             // What is forced was chosen already.
             Self::Optimizer => forced.optimizer_host_elements.map(|_| 0),
+            Self::Weights => forced.weights_host_layers.map(|_| 0),
         }
     }
 
     /// The choice with `n` of it on the device.
-    fn kept(self, choice: &Choice, n: u64) -> Choice {
+    fn kept(self, request: &Request, choice: &Choice, n: u64) -> Choice {
         let mut choice = choice.clone();
         match self {
             Self::Attention => choice.kept_attention_layers = n,
             Self::Qkv => choice.kept_qkv_layers = n,
             Self::GateUp => choice.kept_gate_up_layers = n,
+            Self::Weights => choice.weights_host_layers -= n,
             Self::Optimizer if n == 0 => {}
             Self::Optimizer => {
                 let rest = choice.optimizer_host_elements * (OPTIMIZER_PARTS - n) / OPTIMIZER_PARTS;
-                choice.optimizer_host_elements = choices::whole_vectors(rest);
+                let least = choices::least_hosted(request, choice.weights_host_layers);
+                choice.optimizer_host_elements = choices::whole_vectors(rest).max(least);
                 choice.staged_elements = choice.staged_elements.min(choice.optimizer_host_elements);
             }
         }
@@ -164,31 +170,32 @@ impl Extra {
 }
 
 /// Fills free memory, best saving per byte first: a byte of kept attention output saves 2 T FLOPs, a byte of a kept projection
-/// 2 h, a byte of state its way over the link and back, which takes as long as 4 h FLOPs or so.
+/// 2 h, a byte of state its way over the link and back, which takes as long as 4 h FLOPs or so. A byte of weights crosses more
+/// often, but beside the work of other layers, and must be on the device before its state may be.
 fn with_extras(request: &Request, mut choice: Choice) -> Choice {
     let h = request.model.hidden_size;
     let order = match request.tokens {
-        tokens if tokens >= 2 * h => [Extra::Attention, Extra::Optimizer, Extra::Qkv, Extra::GateUp],
-        tokens if tokens >= h => [Extra::Optimizer, Extra::Attention, Extra::Qkv, Extra::GateUp],
-        _ => [Extra::Optimizer, Extra::Qkv, Extra::GateUp, Extra::Attention],
+        tokens if tokens >= 2 * h => [Extra::Attention, Extra::Weights, Extra::Optimizer, Extra::Qkv, Extra::GateUp],
+        tokens if tokens >= h => [Extra::Weights, Extra::Optimizer, Extra::Attention, Extra::Qkv, Extra::GateUp],
+        _ => [Extra::Weights, Extra::Optimizer, Extra::Qkv, Extra::GateUp, Extra::Attention],
     };
     for extra in order {
         let most = extra.most(request, &choice);
         if let Some(n) = extra.forced(&request.forced) {
-            choice = extra.kept(&choice, n.min(most));
+            choice = extra.kept(request, &choice, n.min(most));
             continue;
         }
         // Bytes grow with what is kept, so the most that fits is found by bisection.
         let (mut low, mut high) = (0, most);
         while low < high {
             let middle = (low + high).div_ceil(2);
-            if Needs::of(request, &extra.kept(&choice, middle)).fit(request) {
+            if Needs::of(request, &extra.kept(request, &choice, middle)).fit(request) {
                 low = middle;
             } else {
                 high = middle - 1;
             }
         }
-        choice = extra.kept(&choice, low);
+        choice = extra.kept(request, &choice, low);
     }
     choice
 }

@@ -93,18 +93,20 @@ impl Tensor {
     }
 }
 
-/// One run of rows in two places: the first of them in host memory, the rest on the device.
+/// One run of rows in two places: a stretch of them in host memory, those before and after it on the device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Split {
     pub host: Tensor,
     pub device: Tensor,
+    /// First row of the stretch.
+    pub host_start: u64,
 }
 
 impl Split {
     /// All of it on the device.
     pub fn resident(device: Tensor) -> Self {
         let host = Tensor { space: Space::Host, offset: 0, rows: 0, ..device };
-        Self { host, device }
+        Self { host, device, host_start: 0 }
     }
 
     /// Rows in all.
@@ -112,14 +114,22 @@ impl Split {
         self.host.rows + self.device.rows
     }
 
-    /// Rows `start..end` as the one or two tensors that hold them, in order.
+    /// Rows `start..end` as the one to three tensors that hold them, in order.
     ///
     /// # Panics
     /// When the range leaves the rows: a bug in the caller's walk.
     pub fn rows(&self, start: u64, end: u64) -> impl Iterator<Item = Tensor> + use<> {
-        let cut = self.host.rows;
-        let host = (start < cut).then(|| self.host.rows(start, end.min(cut)));
-        let device = (end > cut).then(|| self.device.rows(start.max(cut) - cut, end - cut));
-        host.into_iter().chain(device)
+        assert!(start <= end && end <= self.n_rows(), "rows {start}..{end} of {}", self.n_rows());
+        let Self { host, device, host_start } = *self;
+        let host_end = host_start + host.rows;
+        let parts = [
+            (device, 0, host_start, 0),
+            (host, host_start, host_end, host_start),
+            (device, host_end, u64::MAX, host.rows),
+        ];
+        parts.into_iter().filter_map(move |(tensor, from, to, before)| {
+            let (first, last) = (start.max(from), end.min(to));
+            (first < last).then(|| tensor.rows(first - before, last - before))
+        })
     }
 }

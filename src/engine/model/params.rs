@@ -3,7 +3,10 @@
 //! The same layout serves weights, gradients and both moments, so an update walks four flat tensors. q, k, v lie side by
 //! side and so do gate and up: each group is one matrix to a GEMM and several names to a file.
 
-use crate::{domain::ModelConfig, engine::backend::Tensor};
+use crate::{
+    domain::ModelConfig,
+    engine::backend::{Split, Tensor},
+};
 
 /// One layer's parameters, or their gradients or moments.
 #[derive(Debug, Clone, Copy)]
@@ -36,7 +39,7 @@ impl LayerParams {
     /// When that is shorter.
     #[must_use]
     pub fn over(&self, flat: Tensor) -> Self {
-        let mut pieces = Pieces { flat, taken: 0 };
+        let mut pieces = Pieces { flat: Split::resident(flat.shaped(flat.elements(), 1)), taken: 0 };
         let mut like = |tensor: Tensor| pieces.take(tensor.rows, tensor.cols);
         Self {
             attention_norm: like(self.attention_norm),
@@ -68,20 +71,24 @@ pub struct Named {
     /// One dimension for norms, two for matrices.
     pub shape: Vec<u64>,
     pub tensor: Tensor,
+    /// Its first element's index in the flat order of all parameters.
+    pub first: u64,
 }
 
-/// Hands out consecutive pieces of a flat tensor.
+/// Hands out consecutive pieces of a flat run, one element a row.
 struct Pieces {
-    flat: Tensor,
+    flat: Split,
     taken: u64,
 }
 
 impl Pieces {
     fn take(&mut self, rows: u64, cols: u64) -> Tensor {
-        let offset = self.flat.offset + self.taken * self.flat.dtype.bytes();
+        let first = self.taken;
         self.taken += rows * cols;
-        assert!(self.taken <= self.flat.elements(), "parameters need {} elements or more", self.taken);
-        Tensor { offset, rows, cols, ..self.flat }
+        let mut places = self.flat.rows(first, self.taken);
+        let place = places.next().expect("no parameter is empty");
+        assert!(places.next().is_none(), "a parameter lies in one place");
+        place.shaped(rows, cols)
     }
 }
 
@@ -91,6 +98,14 @@ impl Params {
     /// # Panics
     /// When the tensor is smaller.
     pub fn over(config: &ModelConfig, flat: Tensor) -> Self {
+        Self::over_split(config, Split::resident(flat.shaped(flat.elements(), 1)))
+    }
+
+    /// The same over a run of single elements of which a stretch of whole layers may lie in host memory.
+    ///
+    /// # Panics
+    /// When the run is shorter, or a parameter lies in two places.
+    pub fn over_split(config: &ModelConfig, flat: Split) -> Self {
         let (h, f, vocab) = (config.hidden_size, config.intermediate_size, config.vocab_size);
         let mut pieces = Pieces { flat, taken: 0 };
         let embedding = pieces.take(vocab, h);
@@ -112,8 +127,9 @@ impl Params {
     /// Every parameter under its Hugging Face name, in the order of the flat layout. A tied head has no name of its own.
     pub fn named(&self, config: &ModelConfig) -> Vec<Named> {
         let (q, kv, f) = (config.q_size(), config.kv_size(), config.intermediate_size);
-        let matrix = |name: String, tensor: Tensor| Named { name, shape: vec![tensor.rows, tensor.cols], tensor };
-        let vector = |name: String, tensor: Tensor| Named { name, shape: vec![tensor.cols], tensor };
+        let named = |name, shape, tensor| Named { name, shape, tensor, first: 0 };
+        let matrix = |name: String, tensor: Tensor| named(name, vec![tensor.rows, tensor.cols], tensor);
+        let vector = |name: String, tensor: Tensor| named(name, vec![tensor.cols], tensor);
         let mut out = vec![matrix("model.embed_tokens.weight".into(), self.embedding)];
         for (i, layer) in self.layers.iter().enumerate() {
             let name = |part: &str| format!("model.layers.{i}.{part}.weight");
@@ -132,6 +148,11 @@ impl Params {
         out.push(vector("model.norm.weight".into(), self.norm));
         if self.head != self.embedding {
             out.push(matrix("lm_head.weight".into(), self.head));
+        }
+        let mut first = 0;
+        for parameter in &mut out {
+            parameter.first = first;
+            first += parameter.tensor.elements();
         }
         out
     }

@@ -5,13 +5,17 @@ use std::ops::Range;
 use super::{
     block::{self, Pass},
     gradients::Gradients,
-    params::Params,
+    params::{LayerParams, Params},
 };
 use crate::{
     domain::ModelConfig,
     engine::{
         Result,
-        alst::{checkpoint_offload::CheckpointOffload, tiled_loss::TiledLoss},
+        alst::{
+            checkpoint_offload::CheckpointOffload,
+            tiled_loss::TiledLoss,
+            zero3::{Walk, Zero3},
+        },
         backend::{Backend, Heads, Stream, Tensor},
         layers::loss,
     },
@@ -21,7 +25,9 @@ use crate::{
 #[derive(Debug)]
 pub struct Transformer {
     pub config: ModelConfig,
+    /// Where they live; a layer's are used where `layer_weights` brings them.
     pub weights: Params,
+    pub layer_weights: Zero3,
     /// Added to by every backward.
     pub grads: Gradients,
     /// First layers of the segments whose inputs are kept, ascending from 0.
@@ -69,18 +75,18 @@ impl Transformer {
         let (x, dy) = (self.x.rows(0, at.tokens), self.dy.rows(0, at.tokens));
         let ids = self.ids.rows(0, at.tokens);
         b.embedding(x, ids, self.weights.embedding)?;
+        let mut coming = Coming { weights: self.layer_weights.walk(self.order()), input: None };
         for layer in 0..self.config.n_layers {
             let keep = self.segment_starts.contains(&layer);
-            self.layer_forward(b, layer, at, Pass::First, keep)?;
+            self.layer_forward(b, (layer, keep), at, Pass::First, &mut coming.weights)?;
         }
         let labels = self.labels.rows(0, at.tokens);
         let dw = self.grads.begin_loss(b)?;
         let gradient = loss::Gradient { dx: dy, dw, scale };
         self.loss.forward_backward(b, self.sums, (x, labels), &self.head(), Some(gradient))?;
         self.grads.end_loss(b)?;
-        let mut arriving = None;
         for segment in (0..self.segment_starts.len()).rev() {
-            self.segment_backward(b, segment, at, &mut arriving)?;
+            self.segment_backward(b, segment, at, &mut coming)?;
         }
         b.embedding_backward(self.grads.embedding(), ids, dy)?;
         self.grads.end_embedding(b)
@@ -91,8 +97,9 @@ impl Transformer {
         let at = self.load(b, batch)?;
         let x = self.x.rows(0, at.tokens);
         b.embedding(x, self.ids.rows(0, at.tokens), self.weights.embedding)?;
+        let mut weights = self.layer_weights.walk((0..self.config.n_layers).collect());
         for layer in 0..self.config.n_layers {
-            self.layer_forward(b, layer, at, Pass::First, false)?;
+            self.layer_forward(b, (layer, false), at, Pass::First, &mut weights)?;
         }
         let labels = self.labels.rows(0, at.tokens);
         self.loss.forward_backward(b, self.sums, (x, labels), &self.head(), None)
@@ -126,6 +133,22 @@ impl Transformer {
         block::Sequence { tokens, documents, angles, heads, eps, attends_from: 0 }
     }
 
+    /// Layers `start..end` of a segment.
+    fn segment(&self, segment: usize) -> Range<u64> {
+        self.segment_starts[segment]..self.segment_starts.get(segment + 1).copied().unwrap_or(self.config.n_layers)
+    }
+
+    /// The layers that a step works on, one after another.
+    fn order(&self) -> Vec<u64> {
+        let mut order: Vec<u64> = (0..self.config.n_layers).collect();
+        for segment in (0..self.segment_starts.len()).rev() {
+            let Range { start, end } = self.segment(segment);
+            order.extend(start..end - 1);
+            order.extend((start..end).rev());
+        }
+        order
+    }
+
     /// The sequence as a layer sees it.
     fn of_layer<'a>(&self, layer: u64, at: block::Sequence<'a>) -> block::Sequence<'a> {
         let attends_from = self
@@ -137,58 +160,63 @@ impl Transformer {
     fn layer_forward<B: Backend>(
         &mut self,
         b: &mut B,
-        layer: u64,
+        (layer, keep_input): (u64, bool),
         at: block::Sequence,
         pass: Pass,
-        keep_input: bool,
+        coming: &mut Walk<B::Event>,
     ) -> Result {
         let (kept, at) = (self.checkpoints.layer(layer), self.of_layer(layer, at));
-        let weights = &self.weights.layers[layer as usize];
+        let weights = self.enter(b, coming, layer)?;
         let checkpoints = &mut self.checkpoints;
         let x = self.x.rows(0, at.tokens);
-        self.block.forward(b, x, (weights, &kept), at, pass, |b, rows, x| {
+        self.block.forward(b, x, (&weights, &kept), at, pass, |b, rows, x| {
             if keep_input { checkpoints.put(b, layer, rows, x) } else { Ok(None) }
         })
     }
 
+    /// A layer's parameters where operations may use them now.
+    fn enter<B: Backend>(&self, b: &mut B, coming: &mut Walk<B::Event>, layer: u64) -> Result<LayerParams> {
+        let flat = self.layer_weights.enter(b, coming, layer)?;
+        Ok(self.weights.layers[layer as usize].over(flat))
+    }
+
     /// Backward of one segment: rebuilds the inputs of its layers from its start, then walks them last to first. While a
-    /// layer is walked the input that is needed next comes into the rows that the walk is done with; `arriving` hands that of
+    /// layer is walked the input that is needed next comes into the rows that the walk is done with; `coming` hands that of
     /// the previous segment's start over.
     fn segment_backward<B: Backend>(
         &mut self,
         b: &mut B,
         segment: usize,
         at: block::Sequence,
-        arriving: &mut Option<Arriving<B::Event>>,
+        coming: &mut Coming<B::Event>,
     ) -> Result {
-        let start = self.segment_starts[segment];
-        let end = self.segment_starts.get(segment + 1).copied().unwrap_or(self.config.n_layers);
+        let Range { start, end } = self.segment(segment);
         let (x, dy) = (self.x.rows(0, at.tokens), self.dy.rows(0, at.tokens));
         if end - start > 1 {
-            self.input(b, start, x, arriving)?;
+            self.input(b, start, x, &mut coming.input)?;
             for layer in start..end - 1 {
-                self.layer_forward(b, layer, at, Pass::Rerun, layer > start)?;
+                self.layer_forward(b, (layer, layer > start), at, Pass::Rerun, &mut coming.weights)?;
             }
         }
         for layer in (start..end).rev() {
             // The last layer's input is what the re-run left in x.
             if self.checkpoints.holds(layer) {
-                self.input(b, layer, x, arriving)?;
+                self.input(b, layer, x, &mut coming.input)?;
                 self.checkpoints.release(layer);
             }
             let next =
                 if layer > start { Some(layer - 1) } else { segment.checked_sub(1).map(|s| self.segment_starts[s]) };
             let (kept, of_layer) = (self.checkpoints.layer(layer), self.of_layer(layer, at));
-            let (weights, grads) = (&self.weights.layers[layer as usize], self.grads.begin_layer(b, layer)?);
+            let (weights, grads) = (self.enter(b, &mut coming.weights, layer)?, self.grads.begin_layer(b, layer)?);
             let checkpoints = &self.checkpoints;
             let mut last = None;
-            self.block.backward(b, (dy, x), (weights, &kept), &grads, of_layer, |b, rows| {
+            self.block.backward(b, (dy, x), (&weights, &kept), &grads, of_layer, |b, rows| {
                 let Some(next) = next else { return Ok(()) };
                 let here = checkpoints.fetch(b, next, rows, x.rows(rows.start, rows.end))?;
                 last = here.or(last.take());
                 Ok(())
             })?;
-            *arriving = next.map(|layer| Arriving { layer, last });
+            coming.input = next.map(|layer| Arriving { layer, last });
             self.grads.end_layer(b, layer)?;
         }
         Ok(())
@@ -202,6 +230,12 @@ impl Transformer {
         };
         last.map_or(Ok(()), |event| b.wait(Stream::Compute, &event))
     }
+}
+
+/// What is on its way while the layers before it are worked on.
+struct Coming<E> {
+    weights: Walk<E>,
+    input: Option<Arriving<E>>,
 }
 
 /// A layer's input on its way into the residual stream's rows.

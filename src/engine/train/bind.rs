@@ -11,6 +11,7 @@ use crate::{
             optimizer_offload::{OptimizerOffload, Staged},
             tiled_loss::TiledLoss,
             tiled_mlp::TiledMlp,
+            zero3::Zero3,
         },
         backend::{Backend, DType, Space, Split, Tensor},
         layers::{
@@ -18,7 +19,7 @@ use crate::{
             loss, mlp,
         },
         model::{
-            Params, Transformer, block,
+            LayerParams, Params, Transformer, block,
             gradients::{Gradients, Sums},
         },
         optim,
@@ -33,8 +34,8 @@ use crate::{
 #[derive(Debug)]
 pub struct Bound {
     pub model: Transformer,
-    /// All weights and all gradients, flat.
-    pub weights: Tensor,
+    /// All weights, a row a parameter, and all gradients, flat.
+    pub weights: Split,
     pub grads: Tensor,
     pub optimizer: OptimizerOffload,
     pub groups: Vec<optim::Group>,
@@ -81,7 +82,21 @@ impl Binding<'_> {
         let (host, device) = (self.find(host).map(as_rows), self.find(device).map(as_rows));
         let like = host.or(device)?;
         let none = |space| Tensor { space, offset: 0, rows: 0, ..like };
-        Some(Split { host: host.unwrap_or(none(Space::Host)), device: device.unwrap_or(none(Space::Device)) })
+        let (host, device) = (host.unwrap_or(none(Space::Host)), device.unwrap_or(none(Space::Device)));
+        Some(Split { host, device, host_start: 0 })
+    }
+
+    /// All weights: those of the first layers may be in host memory, behind the embedding in the flat order.
+    fn weights(&self, config: &ModelConfig) -> Split {
+        let flat = self.split(Slot::HostWeights, Slot::Weights, 1);
+        let flat = flat.unwrap_or_else(|| Split::resident(self.tensor(Slot::Weights)));
+        let embedding = config.vocab_size * config.hidden_size;
+        Split { host_start: if flat.host.rows > 0 { embedding } else { 0 }, ..flat }
+    }
+
+    /// The two rows of a region.
+    fn two(&self, slot: Slot) -> Option<[Tensor; 2]> {
+        self.find(slot).map(|both| [both.rows(0, 1), both.rows(1, 2)])
     }
 
     fn moments(&self, host: Slot, device: Slot) -> Split {
@@ -89,11 +104,10 @@ impl Binding<'_> {
     }
 
     fn optimizer(&self) -> OptimizerOffload {
-        // The two buffers are the two rows of a region.
-        let buffer = |slot, i| self.find(slot).map(|both| both.rows(i, i + 1).shaped(both.cols, 1));
+        let buffer = |slot, i: usize| self.two(slot).map(|two| two[i].shaped(two[i].cols, 1));
         let staged = |i| {
             let (m, v) = (buffer(Slot::StagedM, i)?, buffer(Slot::StagedV, i)?);
-            Some(Staged { m, v, low: buffer(Slot::StagedLow, i) })
+            Some(Staged { w: buffer(Slot::StagedWeights, i), m, v, low: buffer(Slot::StagedLow, i) })
         };
         OptimizerOffload {
             m: self.moments(Slot::HostMomentM, Slot::MomentM),
@@ -151,9 +165,9 @@ impl Binding<'_> {
 pub fn bind<B: Backend>(b: &B, plan: &Plan, config: &ModelConfig, spill: &Path) -> Result<Bound> {
     let binding = Binding { layout: &plan.layout, storage: b.storage(), wide: b.wide() };
     let eps = config.rms_norm_eps;
-    let weights_flat = binding.tensor(Slot::Weights);
+    let weights_flat = binding.weights(config);
     let grads_flat = binding.tensor(Slot::Gradients);
-    let weights = Params::over(config, weights_flat);
+    let weights = Params::over_split(config, weights_flat);
     let slots = match plan.choice.checkpoint_place {
         Place::Memory => {
             let split = binding.split(Slot::HostCheckpoints, Slot::Checkpoints, config.hidden_size);
@@ -171,6 +185,10 @@ pub fn bind<B: Backend>(b: &B, plan: &Plan, config: &ModelConfig, spill: &Path) 
     let model = Transformer {
         config: config.clone(),
         grads: Gradients { kept: Params::over(config, grads_flat), sums: binding.sums(config) },
+        layer_weights: Zero3 {
+            homes: weights.layers.iter().map(LayerParams::flat).collect(),
+            buffers: binding.two(Slot::LayerWeights),
+        },
         weights,
         segment_starts: plan.choice.segment_starts.clone(),
         checkpoints: CheckpointOffload::new(slots, plan.tokens, binding.kept()),

@@ -39,14 +39,14 @@ pub fn load_base<B: Backend>(session: &mut Session<B>, folder: &Path) -> Result 
             return Err(Invalid::with_code("invalid_model", "model", message).into());
         }
     }
-    let (low, flat) = (session.optimizer().low, session.flat_weights());
-    for Named { name, shape, tensor } in parameters {
-        weights.read(&name, &shape, |first, values| {
-            let to = tensor.part(first, values.len() as u64);
+    let low = session.optimizer().low;
+    for Named { name, shape, tensor, first } in parameters {
+        weights.read(&name, &shape, |begin, values| {
+            let to = tensor.part(begin, values.len() as u64);
             session.backend.upload(to, &encode(values, tensor.dtype))?;
             let Some(low) = low else { return Ok(()) };
             // The master is the stored weight to its last bit, also where storage rounds it.
-            let at = (to.offset - flat.offset) / flat.dtype.bytes();
+            let at = first + begin;
             let halves: Vec<u8> = values.iter().flat_map(|v| adamw::parts(*v).1.to_le_bytes()).collect();
             upload(&mut session.backend, low.rows(at, at + values.len() as u64), &halves)
         })?;
@@ -80,22 +80,18 @@ impl Stored {
 }
 
 impl From<Named> for Stored {
-    fn from(Named { name, shape, tensor }: Named) -> Self {
+    fn from(Named { name, shape, tensor, .. }: Named) -> Self {
         Self { name, shape, pieces: vec![tensor] }
     }
 }
 
 /// What is kept beside the weights, by the parameter's name: its moments and its masters' low halves.
 fn resume_tensors<B: Backend>(session: &Session<B>) -> Vec<Stored> {
-    let flat = session.flat_weights();
     let of = |prefix: &'static str, state: Split| {
-        session.weights().into_iter().map(move |Named { name, shape, tensor }| {
-            let first = (tensor.offset - flat.offset) / flat.dtype.bytes();
-            Stored {
-                name: format!("{prefix}.{name}"),
-                shape,
-                pieces: state.rows(first, first + tensor.elements()).collect(),
-            }
+        session.weights().into_iter().map(move |Named { name, shape, tensor, first }| Stored {
+            name: format!("{prefix}.{name}"),
+            shape,
+            pieces: state.rows(first, first + tensor.elements()).collect(),
         })
     };
     let OptimizerOffload { m, v, low, .. } = *session.optimizer();

@@ -8,7 +8,7 @@ use crate::{
     engine::{
         Error, Result,
         alst::optimizer_offload::OptimizerOffload,
-        backend::{AdamW, Backend, DType, Tensor},
+        backend::{AdamW, Backend, DType, Split, Tensor},
         model::{Batch, MemoryProof, params::Named},
         optim,
     },
@@ -84,8 +84,8 @@ impl<B: Backend> Session<B> {
         self.bound.model.memory_proof = Some(proof);
     }
 
-    /// All weights, flat.
-    pub fn flat_weights(&self) -> Tensor {
+    /// All weights, a row a parameter.
+    pub fn flat_weights(&self) -> Split {
         self.bound.weights
     }
 

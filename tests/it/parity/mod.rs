@@ -8,6 +8,7 @@ mod optimizer_offload;
 pub mod plans;
 mod tiled_loss;
 mod tiled_mlp;
+mod zero3;
 
 use longhaul::{domain::ModelConfig, engine::model::Batch, plan::Forced};
 

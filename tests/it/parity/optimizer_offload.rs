@@ -53,7 +53,7 @@ fn trained(moments: Moments, forced: Forced) -> (Plan, Vec<u8>) {
         session.step(&[tokens.batch()], &hyper, 1.0).unwrap();
     }
     let state = *session.optimizer();
-    let mut all: Vec<Tensor> = vec![session.flat_weights()];
+    let mut all: Vec<Tensor> = session.weights().into_iter().map(|parameter| parameter.tensor).collect();
     all.extend([state.m, state.v, low].into_iter().flat_map(|split| [split.host, split.device]));
     let mut bytes = Vec::new();
     for tensor in all {
@@ -69,6 +69,7 @@ fn plain_with(n: u64, forced: Forced) -> Forced {
     Forced {
         optimizer_host_elements: forced.optimizer_host_elements,
         staged_elements: forced.staged_elements,
+        weights_host_layers: forced.weights_host_layers,
         ..plain(n, &config(false))
     }
 }
@@ -82,9 +83,33 @@ fn state_in_host_memory_is_state_on_the_device() {
             let forced =
                 Forced { optimizer_host_elements: Some(hosted), staged_elements: Some(staged), ..Forced::default() };
             let (plan, bytes) = trained(moments, forced);
+            assert_eq!(plan.choice.weights_host_layers, 0);
             let state = if moments == Moments::F32 { 10 } else { 6 };
             assert!(plan.layout.host_bytes >= hosted * state, "{} bytes for {hosted}", plan.layout.host_bytes);
             assert!(bytes == resident, "{hosted} of {n} in host memory, {staged} at once, {moments:?}");
         }
+    }
+}
+
+#[test]
+fn weights_in_host_memory_are_updated_like_those_on_the_device() {
+    let config = config(false);
+    let (n, outside) = (config.n_params(), config.vocab_size * config.hidden_size);
+    let (_, resident) = trained(Moments::F32, Forced { optimizer_host_elements: Some(0), ..Forced::default() });
+    for (layers, hosted, staged) in [
+        (1, outside + config.layer_params(), 4097),
+        (3, n - 7, 1000),
+        (config.n_layers, n, n),
+        (config.n_layers, outside + config.n_layers * config.layer_params(), 300),
+    ] {
+        let forced = Forced {
+            optimizer_host_elements: Some(hosted),
+            staged_elements: Some(staged),
+            weights_host_layers: Some(layers),
+            ..Forced::default()
+        };
+        let (plan, bytes) = trained(Moments::F32, forced);
+        assert_eq!(plan.choice.weights_host_layers, layers);
+        assert!(bytes == resident, "weights of {layers} layers in host memory, {staged} at once");
     }
 }

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 use super::{
     checkpoint_offload::{host_rows, kept_sets, slots_and_places},
     plain,
+    zero3::weights_in_host_memory,
 };
 use crate::support::{
     model::{Tokens, gradients, relative_error},
@@ -155,6 +156,9 @@ pub fn every_plan_is_the_plainest<S: Stage>(stage: &mut S, mut figures: impl FnM
     for hosted in [1, config.n_params() / 2, config.n_params()] {
         let forced = Forced { optimizer_host_elements: Some(hosted), staged_elements: Some(10_000), ..base };
         let what = format!("state of {hosted} parameters in host memory");
+        figures(hold(&what, &run(stage, forced), &plainest, Same::Everything));
+    }
+    for (what, forced) in weights_in_host_memory(base, &config) {
         figures(hold(&what, &run(stage, forced), &plainest, Same::Everything));
     }
     for (what, forced) in kept_sets(base) {

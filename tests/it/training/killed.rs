@@ -54,8 +54,8 @@ fn step<B: Backend>(session: &mut Session<B>, step: u64) -> f64 {
 /// Every byte that a run carries from step to step.
 fn state<B: Backend>(session: &mut Session<B>) -> Vec<u8> {
     let (w, state) = (session.flat_weights(), *session.optimizer());
-    let splits = [state.low, Some(state.m), Some(state.v)].into_iter().flatten();
-    let tensors = [w].into_iter().chain(splits.flat_map(|split| [split.host, split.device]));
+    let splits = [Some(w), state.low, Some(state.m), Some(state.v)].into_iter().flatten();
+    let tensors = splits.flat_map(|split| [split.host, split.device]);
     tensors.flat_map(|tensor| read_bytes(&mut session.backend, tensor)).collect()
 }
 
