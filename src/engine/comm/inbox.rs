@@ -23,6 +23,8 @@ struct State {
     left: Vec<bool>,
     /// The first rank that was lost. One is enough: nothing goes on without it.
     lost: Option<Lost>,
+    /// This rank itself has left.
+    closed: bool,
 }
 
 /// Why there is no message.
@@ -37,7 +39,7 @@ impl Inbox {
     /// An empty one for messages of `n_ranks` senders.
     pub(super) fn new(n_ranks: usize) -> Self {
         let queues = (0..n_ranks).map(|_| VecDeque::new()).collect();
-        let state = State { queues, left: vec![false; n_ranks], lost: None };
+        let state = State { queues, left: vec![false; n_ranks], lost: None, closed: false };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -70,6 +72,15 @@ impl Inbox {
         first
     }
 
+    /// Records that this rank leaves.
+    pub(super) fn close(&self) {
+        self.change(|state| state.closed = true);
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.state().closed
+    }
+
     pub(super) fn lost(&self) -> Option<Lost> {
         self.state().lost.clone()
     }
@@ -86,6 +97,11 @@ impl Inbox {
             (None, None) => state.left[from].then_some(Err(Refused::Left)),
         });
         taken.expect("a wait without end ends with an answer")
+    }
+
+    /// Waits until this rank leaves, so long at most; true when it does.
+    pub(super) fn wait_until_closed(&self, patience: Duration) -> bool {
+        self.wait(Some(patience), |state| state.closed.then_some(())).is_some()
     }
 
     /// Waits until `ready` has an answer; `None` when patience ends first.

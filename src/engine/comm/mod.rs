@@ -5,9 +5,14 @@
 //! stays on GPUs. Nothing here knows what the tensors mean.
 
 mod alone;
+mod frame;
+mod handshake;
 mod host;
 mod inbox;
+mod outbox;
+pub mod rendezvous;
 mod sum;
+pub mod tcp;
 pub mod threads;
 mod transport;
 

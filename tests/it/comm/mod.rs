@@ -1,6 +1,7 @@
 //! Collectives between ranks: the same body on every transport, and what the others see when a rank goes.
 
 mod collectives;
+mod tcp;
 mod threads;
 
 use std::{
