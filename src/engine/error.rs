@@ -25,6 +25,12 @@ pub enum Error {
     /// A library or driver is not there. The message lists what was looked for and where.
     #[error("{0}")]
     Missing(String),
+    /// A rank of the group is gone, and the others cannot go on. `cause` reads on from the rank's name.
+    #[error("{peer} {cause}; the other ranks cannot go on without it, start all of them from the last checkpoint")]
+    PeerLost { rank: usize, peer: String, cause: String },
+    /// The ranks of a group did not find each other. The message says who was missing or refused, and what to change.
+    #[error("the ranks did not meet: {0}")]
+    Rendezvous(String),
     /// Loss or gradient norm stopped being a number.
     #[error(
         "{what} is {value} at step {step}; the weights of the last checkpoint are sound, lower training.learning_rate"

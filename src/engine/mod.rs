@@ -6,6 +6,7 @@
 pub mod alst;
 pub mod backend;
 pub mod checkpoint;
+pub mod comm;
 pub mod data;
 pub mod error;
 pub mod file_map;

@@ -69,6 +69,8 @@ fn failure(error: &engine::Error) -> Report {
         engine::Error::File { .. }
         | engine::Error::OutOfMemory { .. }
         | engine::Error::Device { .. }
-        | engine::Error::Missing(_) => Report::Broken { message: error.to_string() },
+        | engine::Error::Missing(_)
+        | engine::Error::PeerLost { .. }
+        | engine::Error::Rendezvous(_) => Report::Broken { message: error.to_string() },
     }
 }
