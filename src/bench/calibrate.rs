@@ -186,6 +186,7 @@ fn measure<B: Backend>(mut b: B, sizes: &Sizes, disk_bytes: f64) -> Result<Rates
         attention_flops: 3.5 * 4.0 * q_size as f64 * pairs / (forward + backward),
         memory_bytes: 2.0 * copy_bytes as f64 / copy,
         link_bytes: link_bytes as f64 / up.max(down),
+        peer_bytes: 0.0,
         disk_bytes,
         source: "calibrated".into(),
     })

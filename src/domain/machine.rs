@@ -67,6 +67,9 @@ pub struct Rates {
     pub memory_bytes: f64,
     /// Host link, bytes/s each way.
     pub link_bytes: f64,
+    /// What one device sends to the others, bytes/s; 0 is not known, and planned for as the host link.
+    #[serde(default)]
+    pub peer_bytes: f64,
     /// Local disk, bytes/s.
     pub disk_bytes: f64,
     /// `calibrated`, `data sheet` or `assumed`.

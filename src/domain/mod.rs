@@ -4,6 +4,7 @@
 
 pub mod event;
 pub mod fields;
+pub mod heads;
 pub mod hex;
 pub mod hyperparameters;
 pub mod ids;

@@ -35,6 +35,7 @@ pub fn cpu(work_dir: &Path, memory: Option<u64>, file: &MachineFile) -> Machine 
             attention_flops: CORE_ATTENTION_FLOPS * cores,
             memory_bytes: MEMORY_BYTES,
             link_bytes: MEMORY_BYTES,
+            peer_bytes: MEMORY_BYTES,
             disk_bytes: DISK_BYTES,
             source: "assumed".into(),
         },

@@ -1,6 +1,6 @@
 //! What the search tries: sizes, places and shares, combined.
 
-use super::{Choice, Gradients, Place, Request, segments, workspace};
+use super::{Choice, Gradients, Place, Request, segments, shards, workspace};
 use crate::domain::machine::DeviceKind;
 
 /// Sizes that a kind of device is tried with: enough rows for full GEMM speed, no more memory than that takes.
@@ -63,7 +63,7 @@ pub(super) fn bare(request: &Request) -> Vec<Choice> {
 
 /// Numbers of rows of kept inputs that a choice may have in host memory: none, all, and as few as make it fit.
 pub(super) fn checkpoint_host_rows(request: &Request, choice: &Choice, fits: impl Fn(&Choice) -> bool) -> Vec<u64> {
-    let all = choice.memory_slots() * request.tokens;
+    let all = choice.memory_slots() * choice.local(request.tokens);
     if let Some(rows) = request.forced.checkpoint_host_rows {
         return vec![rows.min(all)];
     }
@@ -71,7 +71,7 @@ pub(super) fn checkpoint_host_rows(request: &Request, choice: &Choice, fits: imp
         return vec![0];
     }
     // Whole parts of a slot; the fewest that fit are found by bisection.
-    let part = request.tokens.div_ceil(8);
+    let part = choice.local(request.tokens).div_ceil(8);
     let hosted = |rows: u64| Choice { checkpoint_host_rows: rows.min(all), ..choice.clone() };
     let (mut low, mut high) = (0, all.div_ceil(part));
     while low < high {
@@ -90,15 +90,16 @@ pub(super) fn checkpoint_host_rows(request: &Request, choice: &Choice, fits: imp
 
 fn chunks_and_tiles(request: &Request) -> Vec<(u64, u64)> {
     let Sizes { chunks, mlp_tiles, .. } = Sizes::of(request.machine.device);
+    let ranks = request.ranks().sequence;
     let chunks: Vec<u64> = if let Some(chunk) = request.forced.chunk_tokens {
-        vec![chunk]
+        vec![chunk.next_multiple_of(ranks)]
     } else {
-        let longest = request.tokens.min(chunks[0]);
-        chunks.iter().copied().filter(|c| *c < longest).chain([longest]).collect()
+        let longest = request.tokens.min(chunks[0].next_multiple_of(ranks));
+        chunks.iter().map(|c| c.next_multiple_of(ranks)).filter(|c| *c < longest).chain([longest]).collect()
     };
     let tiles = request.forced.mlp_tile_rows.map_or(mlp_tiles.to_vec(), |rows| vec![rows]);
     let tiles_of = |chunk: u64| {
-        let mut tiles: Vec<u64> = tiles.iter().map(|tile| chunk.min(*tile)).collect();
+        let mut tiles: Vec<u64> = tiles.iter().map(|tile| (chunk / ranks).min(*tile)).collect();
         tiles.dedup();
         tiles
     };
@@ -129,7 +130,7 @@ struct Homes {
 }
 
 fn homes(request: &Request) -> Vec<Homes> {
-    let (n, layers) = (request.model.n_params(), request.model.n_layers);
+    let (n, layers) = (shards::owned(request.model, request.ranks().world()), request.model.n_layers);
     let shares = match request.forced.optimizer_host_elements {
         Some(elements) => vec![elements.min(n)],
         None if request.machine.host_bytes == 0 => vec![0],
@@ -149,10 +150,10 @@ fn homes(request: &Request) -> Vec<Homes> {
 
 /// Parameters whose optimizer state must be in host memory when the weights of so many layers are.
 pub(super) fn least_hosted(request: &Request, weight_layers: u64) -> u64 {
-    let model = request.model;
+    let (model, world) = (request.model, request.ranks().world());
     match weight_layers {
         0 => 0,
-        layers => model.vocab_size * model.hidden_size + layers * model.layer_params(),
+        layers => shards::units(model).iter().take(1 + layers as usize).map(|n| shards::part(*n, world)).sum(),
     }
 }
 
@@ -168,13 +169,15 @@ fn choice(
     (place, gradients): (Place, Gradients),
     Homes { optimizer_elements: hosted, weight_layers }: Homes,
 ) -> Choice {
-    let model = request.model;
+    let (model, ranks) = (request.model, request.ranks());
+    let local = request.tokens / ranks.sequence;
     let bytes = Sizes::of(request.machine.device).logits_tile_bytes;
-    let rows = (bytes / (model.vocab_size * request.widths().storage)).clamp(16, request.tokens.max(16));
+    let rows = (bytes / (model.vocab_size * request.widths().storage)).clamp(16, local.max(16));
     Choice {
+        ranks,
         chunk_tokens: chunk,
         mlp_tile_rows: tile,
-        loss_tile_rows: request.forced.loss_tile_rows.unwrap_or(rows).min(request.tokens),
+        loss_tile_rows: request.forced.loss_tile_rows.unwrap_or(rows).min(local),
         checkpoint_slots: segments::slots_needed(&segment_starts, model.n_layers),
         segment_starts,
         checkpoint_place: place,
@@ -187,6 +190,6 @@ fn choice(
         kept_attention_layers: 0,
         kept_qkv_layers: 0,
         kept_gate_up_layers: 0,
-        attention_workspace: workspace::attention(model, request.machine.device, chunk, request.tokens),
+        attention_workspace: workspace::attention(model, request.machine.device, ranks, chunk, request.tokens),
     }
 }

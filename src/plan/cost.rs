@@ -1,10 +1,10 @@
 //! Predicted time of a step: FLOPs over rates, bytes over bandwidths. Which plan is faster matters more than the figure.
 
-use super::{Choice, Gradients, Place, Widths};
+use super::{Choice, Gradients, Place, Widths, traffic::Traffic};
 use crate::domain::{Machine, ModelConfig, machine::DeviceKind};
 
 /// Share of a hidden copy's time that the work beside it loses.
-const HINDRANCE: f64 = 0.05;
+pub(super) const HINDRANCE: f64 = 0.05;
 
 /// FLOPs of one forward of one layer over a sequence, by part.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -86,7 +86,10 @@ pub fn step_seconds(model: &ModelConfig, machine: &Machine, widths: Widths, toke
     let rates = &machine.rates;
     let chunk = choice.chunk_tokens.min(tokens) as f64;
     let half = half_speed_tokens(machine.device);
-    let gemm = rates.gemm_flops * chunk / (chunk + half);
+    // Ranks that share a sequence share its rows and heads evenly; all ranks share the weights' update.
+    let (sharing, world) = (choice.ranks.sequence as f64, choice.ranks.world() as f64);
+    let rows = chunk / sharing;
+    let gemm = rates.gemm_flops * rows / (rows + half);
     let attention = rates.attention_flops * attention_efficiency(machine.device, tokens as f64, chunk);
     let (forward_bytes, backward_bytes) = other_bytes(model, widths, tokens, choice.chunk_tokens.min(tokens));
     let layers = model.n_layers;
@@ -122,23 +125,21 @@ pub fn step_seconds(model: &ModelConfig, machine: &Machine, widths: Widths, toke
         // Cleared, added to and read in the wide type, written and read in storage.
         Gradients::Storage => 2 * widths.wide + 2 * widths.storage,
     };
-    bytes += model.n_params() as f64 * (2 * widths.storage + 4 * widths.wide + gradient) as f64;
+    bytes += model.n_params() as f64 * (2 * widths.storage + 4 * widths.wide + gradient) as f64 * sharing / world;
     // Logits are written once and read twice, their gradient written once and read twice.
     bytes += (tokens * model.vocab_size * 6 * widths.storage) as f64;
     let disk = disk_bytes(model, widths, tokens, choice) as f64 * 2.0 / rates.disk_bytes;
-    let forward = flops.dense() / gemm + flops.attention / attention + forward_bytes / rates.memory_bytes;
-    let visits =
-        visit_seconds(model, choice, forward, (model.layer_params() * widths.storage) as f64 / rates.link_bytes);
-    (dense + head) / gemm
-        + attended / attention
-        + bytes / rates.memory_bytes
+    let forward = (flops.dense() / gemm + flops.attention / attention + forward_bytes / rates.memory_bytes) / sharing;
+    let visit = model.layer_params() as f64 * widths.storage as f64 / world / rates.link_bytes;
+    ((dense + head) / gemm + attended / attention + bytes / rates.memory_bytes) / sharing
+        + visit_seconds(model, choice, forward, visit)
+        + Traffic::of(model, widths, tokens, choice).seconds(machine, model.n_layers, forward)
         + link_seconds(model, machine, widths, tokens, choice)
-        + visits
         + disk
 }
 
 /// True when a layer's forward runs again, to rebuild the input of the layer after it.
-fn rerun(choice: &Choice, layers: u64, layer: u64) -> bool {
+pub(super) fn rerun(choice: &Choice, layers: u64, layer: u64) -> bool {
     !choice.segment_starts.contains(&(layer + 1)) && layer + 1 < layers
 }
 
@@ -155,12 +156,13 @@ fn visit_seconds(model: &ModelConfig, choice: &Choice, forward: f64, crossing: f
 /// finishes last; and a few per cent of the hidden time is what it slows down the work beside it.
 fn link_seconds(model: &ModelConfig, machine: &Machine, widths: Widths, tokens: u64, choice: &Choice) -> f64 {
     let low = if widths.storage < widths.wide { 2 } else { 0 };
-    let layer_weights = model.layer_params() * widths.storage;
+    let layer_weights = model.layer_params() * widths.storage / choice.ranks.world();
     let state = choice.optimizer_host_elements * (2 * widths.of(choice.moment_element()) + low)
         + choice.weights_host_layers * layer_weights;
     let slots = choice.memory_slots().max(1) as f64;
-    let input = (tokens * model.hidden_size * widths.storage) as f64;
-    let share = choice.checkpoint_host_rows as f64 / (slots * tokens as f64);
+    let local = choice.local(tokens);
+    let input = (local * model.hidden_size * widths.storage) as f64;
+    let share = choice.checkpoint_host_rows as f64 / (slots * local as f64);
     let crossings = model.n_layers as f64 * share;
     let last_chunk = choice.chunk_tokens.min(tokens) as f64 / tokens as f64;
     let open = share + crossings * (last_chunk + 2.0 * HINDRANCE);
@@ -171,6 +173,6 @@ fn link_seconds(model: &ModelConfig, machine: &Machine, widths: Widths, tokens: 
 pub fn disk_bytes(model: &ModelConfig, widths: Widths, tokens: u64, choice: &Choice) -> u64 {
     match choice.checkpoint_place {
         Place::Memory => 0,
-        Place::Disk => choice.checkpoint_slots * tokens * model.hidden_size * widths.storage,
+        Place::Disk => choice.checkpoint_slots * choice.local(tokens) * model.hidden_size * widths.storage,
     }
 }

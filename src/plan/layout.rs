@@ -6,7 +6,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Choice, Gradients, Widths};
+use super::{Choice, Gradients, Ranks, Widths, shards};
 use crate::domain::ModelConfig;
 
 /// Every region starts at a multiple of this many bytes.
@@ -19,8 +19,11 @@ pub enum Slot {
     /// All parameters, flat, but those of layers whose weights are in host memory.
     Weights,
     HostWeights,
-    /// Where these visit the device: two layers.
+    /// Where layers visit the device, two at once: those in host memory, and with several ranks all.
     LayerWeights,
+    /// With several ranks: embedding or head, and the last norm, whole.
+    VocabularyWeights,
+    NormWeights,
     /// Their gradients, and AdamW's two moments, flat, wide.
     Gradients,
     /// Wide sums of one layer's gradients, and of embedding or head and the last norm, where the flat ones are storage.
@@ -76,6 +79,15 @@ pub enum Slot {
     Dq,
     Delta,
     AttentionWorkspace,
+    /// With several ranks, a chunk's own rows with all heads: q or its gradient, attention output or its gradient, k, v and
+    /// their gradients (wide); and blocks of columns on their way between ranks.
+    LocalQ,
+    LocalO,
+    LocalK,
+    LocalV,
+    LocalDk,
+    LocalDv,
+    Packed,
     /// Work of one tile of the feed-forward.
     MlpNorm,
     GateUp,
@@ -181,11 +193,11 @@ fn align(bytes: u64) -> u64 {
     bytes.next_multiple_of(ALIGNMENT)
 }
 
-/// Lays out one rank's arenas for sequences of up to `tokens` tokens under these choices.
+/// Lays out one rank's arenas for sequences of up to `tokens` tokens under these choices. All ranks have the same layout.
 pub fn lay_out(model: &ModelConfig, widths: Widths, tokens: u64, choice: &Choice) -> Layout {
     let mut laying = Laying { widths, layout: Layout::default(), end: 0 };
     laying.persistent(model, choice);
-    laying.batch(model, tokens);
+    laying.batch(model, choice.local(tokens));
     laying.sequence(model, tokens, choice);
     let base = laying.end;
     laying.layer_work(model, tokens, choice);
@@ -234,20 +246,25 @@ impl Laying {
 
     /// What lives from the first step to the last.
     fn persistent(&mut self, model: &ModelConfig, choice: &Choice) {
-        let n = model.n_params();
-        let hosted = choice.weights_host_layers * model.layer_params();
+        let world = choice.ranks.world();
+        let (n, layer) = (shards::owned(model, world), world * shards::part(model.layer_params(), world));
+        let vocabulary = world * shards::part(model.vocab_size * model.hidden_size, world);
+        let norm = world * shards::part(model.hidden_size, world);
+        let hosted = choice.weights_host_layers * layer / world;
         self.put_host(Slot::HostWeights, Category::Weights, Element::Storage, 1, hosted);
         self.put(Slot::Weights, Category::Weights, Element::Storage, 1, n - hosted);
-        let visiting = if hosted > 0 { 2 } else { 0 };
-        self.put(Slot::LayerWeights, Category::Weights, Element::Storage, visiting, model.layer_params());
+        let visiting = if hosted > 0 || world > 1 { 2 } else { 0 };
+        self.put(Slot::LayerWeights, Category::Weights, Element::Storage, visiting, layer);
+        let gathered = u64::from(world > 1);
+        self.put(Slot::VocabularyWeights, Category::Weights, Element::Storage, gathered, vocabulary);
+        self.put(Slot::NormWeights, Category::Weights, Element::Storage, gathered, norm);
         match choice.gradients {
             Gradients::Wide => self.put(Slot::Gradients, Category::Gradients, Element::Wide, 1, n),
-            Gradients::Storage => {
-                let (layer, outside) = (model.layer_params(), model.vocab_size * model.hidden_size + model.hidden_size);
-                self.put(Slot::Gradients, Category::Gradients, Element::Storage, 1, n);
-                self.put(Slot::LayerGradients, Category::Gradients, Element::Wide, 1, layer);
-                self.put(Slot::VocabularyGradients, Category::Gradients, Element::Wide, 1, outside);
-            }
+            Gradients::Storage => self.put(Slot::Gradients, Category::Gradients, Element::Storage, 1, n),
+        }
+        if choice.gradients == Gradients::Storage || world > 1 {
+            self.put(Slot::LayerGradients, Category::Gradients, Element::Wide, 1, layer);
+            self.put(Slot::VocabularyGradients, Category::Gradients, Element::Wide, 1, vocabulary + norm);
         }
         let (moment, hosted) = (choice.moment_element(), choice.optimizer_host_elements);
         let low = u64::from(self.widths.storage < self.widths.wide);
@@ -261,63 +278,90 @@ impl Laying {
     }
 
     /// What is computed once for each sequence.
-    fn batch(&mut self, model: &ModelConfig, tokens: u64) {
+    fn batch(&mut self, model: &ModelConfig, local: u64) {
         for slot in [Slot::Ids, Slot::Labels, Slot::Positions] {
-            self.put(slot, Category::Batch, Element::Index, tokens, 1);
+            self.put(slot, Category::Batch, Element::Index, local, 1);
         }
-        self.put(Slot::Rope, Category::Batch, Element::Wide, tokens, model.head_dim);
+        self.put(Slot::Rope, Category::Batch, Element::Wide, local, model.head_dim);
         self.put(Slot::Scalars, Category::Batch, Element::Wide, 8, 1);
     }
 
     /// Whole-sequence tensors: the streamed layer's own, kept inputs, kept intermediates.
     fn sequence(&mut self, model: &ModelConfig, tokens: u64, choice: &Choice) {
-        let (h, q, kv) = (model.hidden_size, model.q_size(), model.kv_size());
+        let (h, local) = (model.hidden_size, choice.local(tokens));
+        let (q, kv) = shards::head_columns(model, choice.ranks);
         let storage = Element::Storage;
-        self.put(Slot::X, Category::Sequence, storage, tokens, h);
-        self.put(Slot::Dy, Category::Sequence, storage, tokens, h);
+        self.put(Slot::X, Category::Sequence, storage, local, h);
+        self.put(Slot::Dy, Category::Sequence, storage, local, h);
         if choice.kept_qkv_layers < model.n_layers {
             self.put(Slot::K, Category::Sequence, storage, tokens, kv);
             self.put(Slot::V, Category::Sequence, storage, tokens, kv);
         }
         self.put(Slot::Dk, Category::Sequence, Element::Wide, tokens, kv);
         self.put(Slot::Dv, Category::Sequence, Element::Wide, tokens, kv);
-        let (slots, hosted) = (choice.memory_slots() * tokens, choice.checkpoint_host_rows);
+        let (slots, hosted) = (choice.memory_slots() * local, choice.checkpoint_host_rows);
         self.put_host(Slot::HostCheckpoints, Category::Checkpoints, storage, hosted, h);
         self.put(Slot::Checkpoints, Category::Checkpoints, storage, slots - hosted, h);
         let kept = Category::Kept;
         self.put(Slot::KeptO, kept, storage, choice.kept_attention_layers * tokens, q);
-        self.put(Slot::KeptLse, kept, Element::Wide, choice.kept_attention_layers * tokens, model.n_heads);
+        self.put(Slot::KeptLse, kept, Element::Wide, choice.kept_attention_layers * tokens, q / model.head_dim);
         self.put(Slot::KeptQ, kept, storage, choice.kept_qkv_layers * tokens, q);
         self.put(Slot::KeptK, kept, storage, choice.kept_qkv_layers * tokens, kv);
         self.put(Slot::KeptV, kept, storage, choice.kept_qkv_layers * tokens, kv);
-        self.put(Slot::KeptGateUp, kept, storage, choice.kept_gate_up_layers * tokens, 2 * model.intermediate_size);
+        self.put(Slot::KeptGateUp, kept, storage, choice.kept_gate_up_layers * local, 2 * model.intermediate_size);
     }
 
     /// Buffers of one chunk of a layer and one tile of its feed-forward.
     fn layer_work(&mut self, model: &ModelConfig, tokens: u64, choice: &Choice) {
-        let (h, q, kv) = (model.hidden_size, model.q_size(), model.kv_size());
-        let (c, t, f) = (choice.chunk_tokens.min(tokens), choice.mlp_tile_rows.min(tokens), model.intermediate_size);
+        let (h, f) = (model.hidden_size, model.intermediate_size);
+        let c = choice.chunk_tokens.min(tokens);
+        let n = choice.local(c);
+        let t = choice.mlp_tile_rows.min(n);
+        let (q, _) = shards::head_columns(model, choice.ranks);
+        let n_heads = q / model.head_dim;
         let (work, storage, wide) = (Category::Work, Element::Storage, Element::Wide);
-        self.put(Slot::Xn, work, storage, c, h);
-        self.put(Slot::Qkv, work, storage, c, q + 2 * kv);
+        self.put(Slot::Xn, work, storage, n, h);
+        self.put(Slot::Qkv, work, storage, n, model.q_size() + 2 * model.kv_size());
         if choice.kept_qkv_layers < model.n_layers {
             self.put(Slot::Q, work, storage, c, q);
         }
         if choice.kept_attention_layers < model.n_layers {
             self.put(Slot::O, work, storage, c, q);
-            self.put(Slot::Lse, work, wide, model.n_heads, c);
+            self.put(Slot::Lse, work, wide, n_heads, c);
         }
-        self.put(Slot::H1, work, storage, c, h);
+        self.put(Slot::H1, work, storage, n, h);
         self.put(Slot::DO, work, storage, c, q);
         self.put(Slot::Dq, work, storage, c, q);
-        self.put(Slot::Delta, work, wide, model.n_heads, c);
+        self.put(Slot::Delta, work, wide, n_heads, c);
         self.put(Slot::AttentionWorkspace, work, Element::Byte, choice.attention_workspace, 1);
+        if choice.ranks.sequence > 1 {
+            self.exchange_work(model, n, choice.ranks);
+        }
         self.put(Slot::MlpNorm, work, storage, t, h);
         if choice.kept_gate_up_layers < model.n_layers {
             self.put(Slot::GateUp, work, storage, t, 2 * f);
         }
         self.put(Slot::Act, work, storage, t, f);
         self.put(Slot::DMlpNorm, work, storage, t, h);
+    }
+
+    /// Buffers of the `n` rows that a rank has of a chunk, for their exchange with the other ranks.
+    fn exchange_work(&mut self, model: &ModelConfig, n: u64, ranks: Ranks) {
+        let (q, kv, work) = (model.q_size(), model.kv_size(), Category::Work);
+        for slot in [Slot::LocalQ, Slot::LocalO] {
+            self.put(slot, work, Element::Storage, n, q);
+        }
+        for slot in [Slot::LocalK, Slot::LocalV] {
+            self.put(slot, work, Element::Storage, n, kv);
+        }
+        for slot in [Slot::LocalDk, Slot::LocalDv] {
+            self.put(slot, work, Element::Wide, n, kv);
+        }
+        // To every rank its heads: those of keys go to each that shares them, and come back wide.
+        let (_, kv_there) = shards::head_columns(model, ranks);
+        let (storage, wide) = (self.widths.storage, self.widths.wide);
+        let bytes = (q * storage).max(ranks.sequence * kv_there * wide);
+        self.put(Slot::Packed, work, Element::Byte, n * bytes, 1);
     }
 
     /// Buffers of one tile of head and loss.

@@ -9,6 +9,8 @@ pub mod cost;
 pub mod layout;
 pub mod search;
 pub mod segments;
+pub mod shards;
+pub mod traffic;
 pub mod workspace;
 
 use serde::{Deserialize, Serialize};
@@ -39,6 +41,7 @@ pub struct Request<'a> {
 /// Choices fixed by the caller.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Forced {
+    pub ranks: Option<Ranks>,
     pub chunk_tokens: Option<u64>,
     pub checkpoint_slots: Option<u64>,
     pub place: Option<Place>,
@@ -77,6 +80,23 @@ pub enum Gradients {
     Storage,
 }
 
+/// How the ranks of a run are arranged: `data` replicas, each of `sequence` ranks that share one sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ranks {
+    pub sequence: u64,
+    pub data: u64,
+}
+
+impl Ranks {
+    /// One rank.
+    pub const ONE: Self = Self { sequence: 1, data: 1 };
+
+    /// All of them; weights, gradients and states are dealt to so many (ZeRO-3).
+    pub fn world(self) -> u64 {
+        self.sequence * self.data
+    }
+}
+
 /// Bytes of an element of storage type and of the type of sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Widths {
@@ -109,7 +129,8 @@ impl From<Precision> for Widths {
 /// The memory choices of a step: design freedom that changes no result.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Choice {
-    /// Tokens of a chunk of the streamed layer.
+    pub ranks: Ranks,
+    /// Tokens of a chunk of the streamed layer, over all ranks that share the sequence.
     pub chunk_tokens: u64,
     /// Rows of a tile of the feed-forward, and of head and loss.
     pub mlp_tile_rows: u64,
@@ -139,6 +160,11 @@ pub struct Choice {
 }
 
 impl Choice {
+    /// Tokens of which a rank holds the activations: its piece of every chunk.
+    pub fn local(&self, tokens: u64) -> u64 {
+        tokens / self.ranks.sequence
+    }
+
     /// Layer inputs held in the arenas at once.
     pub fn memory_slots(&self) -> u64 {
         match self.checkpoint_place {
@@ -213,6 +239,11 @@ impl From<Refusal> for Invalid {
 }
 
 impl Request<'_> {
+    /// The ranks that plans are made for.
+    pub fn ranks(&self) -> Ranks {
+        self.forced.ranks.unwrap_or(Ranks::ONE)
+    }
+
     /// Element sizes of the run.
     pub fn widths(&self) -> Widths {
         self.forced.widths.unwrap_or_else(|| self.precision.into())

@@ -72,10 +72,16 @@ impl Needs {
     fn of(request: &Request, choice: &Choice) -> Self {
         let layout = lay_out(request.model, request.widths(), request.tokens, choice);
         let process = workspace::process(request.machine.device);
+        // Of a machine with several devices each rank has its own; the host's memory and disk are theirs together.
+        let world = choice.ranks.world();
+        let (device_ranks, host_ranks) = match request.machine.device {
+            DeviceKind::Cpu => (world, world),
+            DeviceKind::Cuda => (1, world),
+        };
         Self {
-            device: layout.bytes + process.device,
-            host: layout.host_bytes + process.host,
-            disk: disk_bytes(request.model, request.widths(), request.tokens, choice),
+            device: device_ranks * (layout.bytes + process.device),
+            host: host_ranks * (layout.host_bytes + process.host),
+            disk: world * disk_bytes(request.model, request.widths(), request.tokens, choice),
         }
     }
 
@@ -210,7 +216,7 @@ fn planned(request: &Request, choice: Choice, step_seconds: f64) -> Plan {
         ledger: layout.ledger(Arena::Device),
         host_ledger: layout.ledger(Arena::Host),
         predicted_peak_bytes: needs.device,
-        predicted_host_peak_bytes: needs.host,
+        predicted_host_peak_bytes: layout.host_bytes + workspace::process(request.machine.device).host,
         disk_bytes: needs.disk,
         step_seconds,
         choice,

@@ -1,6 +1,7 @@
 //! Scratch that a device's libraries need beside the arena's tensors, by formula.
 
-use crate::domain::{ModelConfig, machine::DeviceKind};
+use super::{Ranks, shards};
+use crate::domain::{ModelConfig, heads::HeadRun, machine::DeviceKind};
 
 /// Measured: the kernels of cuBLASLt and cuDNN that a step loads, and local memory for them.
 const CUDA_MODULES_BYTES: u64 = 256 << 20;
@@ -12,9 +13,14 @@ const CUDA_TILE_KEYS: u64 = 128;
 /// Measured: resident bytes of a process that has the driver, cuBLASLt and cuDNN loaded.
 const CUDA_HOST_BYTES: u64 = 544 << 20;
 
-/// Bytes of attention scratch for chunks of `chunk` queries against up to `tokens` keys.
-pub fn attention(model: &ModelConfig, device: DeviceKind, chunk: u64, tokens: u64) -> u64 {
-    let (chunk, group) = (chunk.min(tokens), model.n_heads / model.n_kv_heads);
+/// Bytes of attention scratch for chunks of `chunk` queries against up to `tokens` keys, on the rank that needs most.
+pub fn attention(model: &ModelConfig, device: DeviceKind, ranks: Ranks, chunk: u64, tokens: u64) -> u64 {
+    let runs = shards::heads(model, ranks).into_iter().flatten();
+    runs.map(|run| attention_of(&run, model.head_dim, device, chunk.min(tokens), tokens)).max().unwrap_or(0)
+}
+
+fn attention_of(run: &HeadRun, head_dim: u64, device: DeviceKind, chunk: u64, tokens: u64) -> u64 {
+    let (n_heads, group) = (run.n_heads(), run.n_heads() / run.n_kv_heads());
     match device {
         DeviceKind::Cpu => 0,
         DeviceKind::Cuda => {
@@ -22,10 +28,10 @@ pub fn attention(model: &ModelConfig, device: DeviceKind, chunk: u64, tokens: u6
             // and the library's slack.
             let align = |bytes: u64| bytes.next_multiple_of(256);
             let block = tokens.min(CUDA_BLOCK_KEYS.max(chunk + CUDA_TILE_KEYS));
-            let head_keys = (model.n_heads * block).min(CUDA_HEAD_KEYS.max(group * block));
-            let gradients = align(head_keys.div_ceil(group) * model.head_dim * 2);
-            let queries = chunk * model.n_heads * model.head_dim;
-            let by_head = if group > 1 { 2 * align(head_keys * model.head_dim * 2) } else { 0 };
+            let head_keys = (n_heads * block).min(CUDA_HEAD_KEYS.max(group * block));
+            let gradients = align(head_keys.div_ceil(group) * head_dim * 2);
+            let queries = chunk * n_heads * head_dim;
+            let by_head = if group > 1 { 2 * align(head_keys * head_dim * 2) } else { 0 };
             2 * align(queries * 4) + align(queries * 2) + 2 * gradients + by_head + (1 << 20)
         }
     }

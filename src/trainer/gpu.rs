@@ -24,19 +24,19 @@ struct Card {
     /// Part of the name that the driver gives.
     name: &'static str,
     memory_bytes: u64,
-    rates: [f64; 4],
+    rates: [f64; 5],
 }
 
 /// Cards by name; the first that fits counts.
 const CARDS: [Card; 5] = [
-    Card { name: "H200", memory_bytes: 141_000_000_000, rates: [730e12, 530e12, 3.6e12, 50e9] },
-    Card { name: "H100 PCIe", memory_bytes: 80_000_000_000, rates: [450e12, 340e12, 1.7e12, 50e9] },
-    Card { name: "H100", memory_bytes: 80_000_000_000, rates: [700e12, 525e12, 2.9e12, 50e9] },
-    Card { name: "A100-SXM4-40GB", memory_bytes: 40_000_000_000, rates: [240e12, 165e12, 1.3e12, 22e9] },
-    Card { name: "A100", memory_bytes: 80_000_000_000, rates: [240e12, 165e12, 1.7e12, 22e9] },
+    Card { name: "H200", memory_bytes: 141_000_000_000, rates: [730e12, 530e12, 3.6e12, 50e9, 275e9] },
+    Card { name: "H100 PCIe", memory_bytes: 80_000_000_000, rates: [450e12, 340e12, 1.7e12, 50e9, 50e9] },
+    Card { name: "H100", memory_bytes: 80_000_000_000, rates: [700e12, 525e12, 2.9e12, 50e9, 275e9] },
+    Card { name: "A100-SXM4-40GB", memory_bytes: 40_000_000_000, rates: [240e12, 165e12, 1.3e12, 22e9, 200e9] },
+    Card { name: "A100", memory_bytes: 80_000_000_000, rates: [240e12, 165e12, 1.7e12, 22e9, 200e9] },
 ];
 /// Speeds of a card that is not among them.
-const OTHER_CARD: [f64; 4] = [60e12, 40e12, 0.6e12, 20e9];
+const OTHER_CARD: [f64; 5] = [60e12, 40e12, 0.6e12, 20e9, 20e9];
 
 /// What an operator says about a host's GPUs.
 #[derive(Debug, Clone, Copy)]
@@ -86,7 +86,8 @@ fn machine_of(gpu: &Gpu, n_gpus: u64, host: &Machine, stated: &Stated) -> Result
         Some(bytes) => bytes,
         None => gpu.free_bytes.saturating_sub(MARGIN_BYTES),
     };
-    let [gemm_flops, attention_flops, memory_bytes, link_bytes] = card(&gpu.name).map_or(OTHER_CARD, |card| card.rates);
+    let [gemm_flops, attention_flops, memory_bytes, link_bytes, peer_bytes] =
+        card(&gpu.name).map_or(OTHER_CARD, |card| card.rates);
     let mut machine = Machine {
         device: DeviceKind::Cuda,
         device_name: gpu.name.clone(),
@@ -100,6 +101,7 @@ fn machine_of(gpu: &Gpu, n_gpus: u64, host: &Machine, stated: &Stated) -> Result
             attention_flops,
             memory_bytes,
             link_bytes,
+            peer_bytes,
             disk_bytes: host.rates.disk_bytes,
             source: "data sheet".into(),
         },

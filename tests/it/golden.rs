@@ -160,7 +160,7 @@ fn losses_and_gradients_are_pytorchs() {
         for (plan, forced) in plans() {
             let mut session = session(name, Cpu::<f32>::new(2).unwrap(), Precision::F32, forced);
             session.gradients(&batches).unwrap();
-            let loss = session.totals(&batches).unwrap().mean_loss();
+            let loss = session.totals().unwrap().mean_loss();
             assert_near(&format!("{name}, {plan}: loss"), loss, step.loss, TOLERANCE);
             let grads = session.grads();
             let (error, tensor) = worst(&mut session, &grads, &folder(name).join("gradients.safetensors"));

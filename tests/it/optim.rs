@@ -1,7 +1,7 @@
 //! Learning rates by step, and which parameters are decayed.
 
 use longhaul::engine::optim::{
-    Group, groups,
+    Group, joined,
     schedule::{Schedule, Shape},
 };
 
@@ -33,10 +33,26 @@ fn a_run_of_one_step_trains() {
 }
 
 #[test]
-fn norm_gains_are_not_decayed() {
-    let groups = groups([(10, false), (2, true), (5, false), (6, false), (2, true), (2, true)]);
-    let group = |start, elements, decayed| Group { start, elements, decayed };
-    assert_eq!(groups, [group(0, 10, true), group(10, 2, false), group(12, 11, true), group(23, 4, false)]);
+fn neighbours_that_are_updated_alike_are_one_group() {
+    let group = |start, elements, first_index, decayed| Group { start, elements, first_index, decayed };
+    let joined = joined([
+        group(0, 10, 0, true),
+        group(10, 2, 10, false),
+        group(12, 5, 12, true),
+        group(17, 6, 17, true),
+        // A gap in the rank's memory, then one in the order of all parameters.
+        group(24, 2, 23, true),
+        group(26, 1, 30, true),
+        group(27, 4, 31, true),
+    ]);
+    let expected = [
+        group(0, 10, 0, true),
+        group(10, 2, 10, false),
+        group(12, 11, 12, true),
+        group(24, 2, 23, true),
+        group(26, 5, 30, true),
+    ];
+    assert_eq!(joined, expected);
 }
 
 #[test]

@@ -28,8 +28,9 @@ pub enum Slots {
 #[derive(Debug)]
 pub struct CheckpointOffload {
     slots: Slots,
-    /// T of the longest sequence: rows of a slot.
+    /// Of the longest sequence the rows that this rank has, which are the rows of a slot, and all.
     rows: u64,
+    sequence_rows: u64,
     /// Layer held by each slot.
     held: Vec<Option<u64>>,
     kept: Kept,
@@ -58,13 +59,13 @@ pub struct KeptLayer {
 }
 
 impl CheckpointOffload {
-    /// A room for sequences of up to `rows` tokens.
-    pub fn new(slots: Slots, rows: u64, kept: Kept) -> Self {
+    /// A room for sequences of up to `sequence_rows` tokens, of which the rank has `rows`.
+    pub fn new(slots: Slots, (rows, sequence_rows): (u64, u64), kept: Kept) -> Self {
         let n = match &slots {
             Slots::Memory(split) => split.n_rows() / rows,
             Slots::Disk { slots, .. } => *slots,
         };
-        Self { slots, rows, held: vec![None; n as usize], kept }
+        Self { slots, rows, sequence_rows, held: vec![None; n as usize], kept }
     }
 
     /// Keeps rows of a layer's input. The rows may be overwritten once the compute stream has passed this call, and the
@@ -134,14 +135,15 @@ impl CheckpointOffload {
 
     /// What is kept of a layer beside its input.
     pub fn layer(&self, layer: u64) -> KeptLayer {
-        let of = |all: Tensor| {
-            let start = layer * self.rows;
-            (start < all.rows).then(|| all.rows(start, start + self.rows))
+        let nth = |all: Tensor, rows: u64| {
+            let start = layer * rows;
+            (start < all.rows).then(|| all.rows(start, start + rows))
         };
+        let of = |all| nth(all, self.sequence_rows);
         KeptLayer {
             attention: self.kept.attention.and_then(|(o, lse)| Some((of(o)?, of(lse)?))),
             qkv: self.kept.qkv.and_then(|(q, k, v)| Some((of(q)?, of(k)?, of(v)?))),
-            gate_up: self.kept.gate_up.and_then(of),
+            gate_up: self.kept.gate_up.and_then(|all| nth(all, self.rows)),
         }
     }
 

@@ -121,6 +121,11 @@ pub trait Backend: Sized {
     fn cast(&mut self, to: Tensor, from: Tensor) -> Result;
     /// `to += from`; `to` wide or storage, `from` either.
     fn accumulate(&mut self, to: Tensor, from: Tensor) -> Result;
+    /// `to[i, to.1 + j] = from[i, from.1 + j]` for `j < columns` in every row: a block of columns of one matrix into another
+    /// with as many rows and the same dtype.
+    fn copy_columns(&mut self, to: (Tensor, u64), from: (Tensor, u64), columns: u64) -> Result;
+    /// The same with `+=`; both wide.
+    fn add_columns(&mut self, to: (Tensor, u64), from: (Tensor, u64), columns: u64) -> Result;
     /// `sum[0] += sum of squares of x`; sum is wide `[1, 1]`, x any float dtype. Summed in a fixed order.
     fn sum_squares(&mut self, sum: Tensor, x: Tensor) -> Result;
     /// `scale[0] = min(1, max_norm / (sqrt(sum[0]) + 1e-6))`, or 1 when `max_norm` is 0; both wide `[1, 1]`. The formula of

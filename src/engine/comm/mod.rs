@@ -6,6 +6,7 @@
 
 mod alone;
 mod frame;
+mod groups;
 mod handshake;
 mod host;
 mod inbox;
@@ -18,6 +19,7 @@ mod transport;
 
 pub use self::{
     alone::Alone,
+    groups::{Groups, in_turn},
     host::HostComm,
     transport::{Lost, Message, Transport},
 };

@@ -82,6 +82,18 @@ impl Dataset {
 }
 
 impl Sequence {
+    /// Lengthens it to a multiple of so many tokens, by a document that nobody learns from.
+    pub fn pad(&mut self, multiple: u64) {
+        let start = self.ids.len();
+        let end = start.next_multiple_of(multiple as usize);
+        if end > start {
+            self.ids.resize(end, 0);
+            self.labels.resize(end, IGNORED);
+            self.positions.extend(0..(end - start) as i32);
+            self.documents.push(start as u64..end as u64);
+        }
+    }
+
     /// Appends a document, padded to a multiple of `pad_to`. Padding stands behind the document's last token, so no token
     /// sees it, and it has no label, so no loss counts it.
     fn push(&mut self, tokens: &[i32], pad_to: u64) {

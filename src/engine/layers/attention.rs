@@ -2,7 +2,7 @@
 //!
 //! Keys and values of the whole sequence live outside; a chunk appends its own rows and attends. The pieces are separate
 //! functions because backward needs them one by one: keys and values first for the whole sequence, then chunk by chunk
-//! queries and outputs, then the gradients.
+//! queries and outputs, then the gradients; and because ranks that share a sequence exchange heads between them.
 
 use std::ops::Range;
 
@@ -57,15 +57,26 @@ pub struct KeysValues {
     pub v: Tensor,
 }
 
+impl KeysValues {
+    /// Some rows of both.
+    #[must_use]
+    pub fn rows(&self, rows: &Range<u64>) -> Self {
+        Self { k: self.k.rows(rows.start, rows.end), v: self.v.rows(rows.start, rows.end) }
+    }
+}
+
 /// What every step of one chunk shares.
 #[derive(Debug, Clone)]
 pub struct Chunk<'a> {
     /// Rows of the sequence.
     pub rows: Range<u64>,
-    /// Documents that meet them.
+    /// Where those of them that this rank has lie among its own rows: all of them with one rank, n in general.
+    pub local: Range<u64>,
+    /// Documents that meet the chunk.
     pub documents: &'a [Range<u64>],
-    /// Rotary angles of the rows, `[c, d]` wide.
+    /// Rotary angles of the rank's rows, `[n, d]` wide.
     pub angles: Tensor,
+    /// Of the model.
     pub heads: Heads,
     pub eps: f64,
     /// False in a memory proof: attention's place is filled with zeros and its gradient left out.
@@ -77,63 +88,57 @@ impl Chunk<'_> {
         Window { chunk: self.rows.clone(), documents: self.documents }
     }
 
-    fn rows_of(&self, kv: KeysValues) -> (Tensor, Tensor) {
-        let Range { start, end } = self.rows;
-        (kv.k.rows(start, end), kv.v.rows(start, end))
-    }
-
-    fn q_size(&self) -> u64 {
-        self.heads.n_heads * self.heads.head_dim
-    }
-
-    fn n_rows(&self) -> u64 {
-        self.rows.end - self.rows.start
+    /// Rows that this rank has.
+    pub fn n_local(&self) -> u64 {
+        self.local.end - self.local.start
     }
 }
 
-/// Projects and rotates the chunk's rows: queries, and its rows of keys and values.
+/// Projects and rotates the rank's rows of a chunk: queries `[n, nq d]`, keys and values `[n, nk d]`, each if wanted. Leaves the
+/// normed input in `work.norm`.
+///
+/// # Panics
+/// When nothing is wanted.
 pub fn project<B: Backend>(
     b: &mut B,
     x: Tensor,
     w: &Weights,
     work: &Work,
-    q: Tensor,
-    kv: KeysValues,
+    (q, kv): (Option<Tensor>, Option<KeysValues>),
     at: &Chunk,
 ) -> Result {
+    let q_size = at.heads.n_heads * at.heads.head_dim;
+    let wanted = match (q, kv) {
+        (Some(_), Some(_)) => 0..w.qkv.rows,
+        (Some(_), None) => 0..q_size,
+        (None, Some(_)) => q_size..w.qkv.rows,
+        (None, None) => panic!("a projection of nothing"),
+    };
+    let projection = w.qkv.rows(wanted.start, wanted.end);
+    let qkv = work.qkv.shaped(x.rows, projection.rows);
     b.rmsnorm(work.norm, x, w.norm, at.eps)?;
-    b.matmul(work.qkv, work.norm, w.qkv, 0.0)?;
-    b.rope_split(Some(q), Some(at.rows_of(kv)), work.qkv, at.angles, at.heads)
+    b.matmul(qkv, work.norm, projection, 0.0)?;
+    b.rope_split(q, kv.map(|kv| (kv.k, kv.v)), qkv, at.angles, at.heads)
 }
 
-/// Projects and rotates only the chunk's rows of keys and values.
-pub fn project_kv<B: Backend>(b: &mut B, x: Tensor, w: &Weights, work: &Work, kv: KeysValues, at: &Chunk) -> Result {
-    let projection = w.qkv.rows(at.q_size(), w.qkv.rows);
-    let kv_only = work.qkv.shaped(at.n_rows(), projection.rows);
-    b.rmsnorm(work.norm, x, w.norm, at.eps)?;
-    b.matmul(kv_only, work.norm, projection, 0.0)?;
-    b.rope_split(None, Some(at.rows_of(kv)), kv_only, at.angles, at.heads)
-}
-
-/// Projects and rotates only the chunk's queries; leaves the normed input in `work.norm`.
-pub fn project_q<B: Backend>(b: &mut B, x: Tensor, w: &Weights, work: &Work, q: Tensor, at: &Chunk) -> Result {
-    let q_only = work.qkv.shaped(at.n_rows(), at.q_size());
-    b.rmsnorm(work.norm, x, w.norm, at.eps)?;
-    b.matmul(q_only, work.norm, w.qkv.rows(0, at.q_size()), 0.0)?;
-    b.rope_split(Some(q), None, q_only, at.angles, at.heads)
-}
-
-/// Makes the backend ready for the chunk's attention, forward and backward.
-pub fn prepare<B: Backend>(b: &mut B, at: &Chunk) -> Result {
-    b.prepare_attention(at.heads, &at.window())
+/// Makes the backend ready for the chunk's attention with these heads, forward and backward.
+pub fn prepare<B: Backend>(b: &mut B, heads: Heads, at: &Chunk) -> Result {
+    b.prepare_attention(heads, &at.window())
 }
 
 /// Attends the chunk's queries to all keys up to the chunk's end.
-pub fn attend<B: Backend>(b: &mut B, act: &Activations, kv: KeysValues, work: &Work, at: &Chunk) -> Result {
+pub fn attend<B: Backend>(
+    b: &mut B,
+    act: &Activations,
+    kv: KeysValues,
+    work: &Work,
+    heads: Heads,
+    at: &Chunk,
+) -> Result {
     if at.attends {
-        return b.attention(act.o, act.lse, act.q, kv.k, kv.v, work.scratch, at.heads, &at.window());
+        return b.attention(act.o, act.lse, act.q, kv.k, kv.v, work.scratch, heads, &at.window());
     }
-    prepare(b, at)?;
+    prepare(b, heads, at)?;
     b.fill(act.o, 0.0)?;
     b.fill(act.lse, 0.0)
 }
@@ -143,39 +148,39 @@ pub fn project_output<B: Backend>(b: &mut B, y: Tensor, o: Tensor, w: &Weights) 
     b.matmul(y, o, w.output, 1.0)
 }
 
-/// What backward of a chunk reads: its input rows, weights, activations, and the layer's keys and values.
-#[derive(Debug, Clone, Copy)]
-pub struct Saved<'a> {
-    pub x: Tensor,
-    pub w: &'a Weights,
-    pub act: Activations,
-    pub kv: KeysValues,
+/// Backward of `project_output`: the weights' gradient, then `d_o`, which may take the place of `o`.
+pub fn backward_output<B: Backend>(b: &mut B, d_o: Tensor, dy: Tensor, o: Tensor, w: &Weights, dw: &Weights) -> Result {
+    b.matmul_dw(dw.output, dy, o)?;
+    b.matmul_dx(d_o, dy, w.output, 0.0)
 }
 
-/// Backward of a chunk: `dy` `[c, h]`, the gradient of `x + output(o)`, becomes that of `x`. `work.norm` holds the normed
-/// input. `dkv` (wide) is added to; the chunk's own rows of it are complete after this, because only queries of this and
-/// later chunks see them and those went before.
-pub fn backward<B: Backend>(
+/// Backward of `attend`.
+pub fn backward_attend<B: Backend>(
+    b: &mut B,
+    grads: AttentionGrads,
+    saved: AttentionSaved,
+    work: &Work,
+    heads: Heads,
+    at: &Chunk,
+) -> Result {
+    if !at.attends {
+        return b.fill(grads.dq, 0.0);
+    }
+    b.attention_backward(grads, saved, work.scratch, heads, &at.window())
+}
+
+/// Backward of `project` for the rank's rows: adds the gradient of `x` to `dy` `[n, h]`. `work.norm` holds the normed input;
+/// `dq` storage, `dkv` wide.
+pub fn backward_projection<B: Backend>(
     b: &mut B,
     dy: Tensor,
-    saved: Saved,
-    dkv: KeysValues,
+    (x, w): (Tensor, &Weights),
+    (dq, dkv): (Tensor, KeysValues),
     dw: &Weights,
     work: &Work,
     at: &Chunk,
 ) -> Result {
-    let Saved { x, w, act, kv } = saved;
-    b.matmul_dw(dw.output, dy, act.o)?;
-    b.matmul_dx(work.d_o, dy, w.output, 0.0)?;
-    let grads = AttentionGrads { dq: work.dq, dk: dkv.k, dv: dkv.v, delta: work.delta };
-    let attended = AttentionSaved { d_o: work.d_o, o: act.o, lse: act.lse, q: act.q, k: kv.k, v: kv.v };
-    if at.attends {
-        b.attention_backward(grads, attended, work.scratch, at.heads, &at.window())?;
-    } else {
-        b.fill(work.dq, 0.0)?;
-    }
-    let (dk, dv) = at.rows_of(dkv);
-    b.rope_merge_backward(work.qkv, work.dq, dk, dv, at.angles, at.heads)?;
+    b.rope_merge_backward(work.qkv, dq, dkv.k, dkv.v, at.angles, at.heads)?;
     b.matmul_dw(dw.qkv, work.qkv, work.norm)?;
     b.matmul_dx(work.norm, work.qkv, w.qkv, 0.0)?;
     b.rmsnorm_backward(dy, dw.norm, work.norm, x, w.norm, at.eps)

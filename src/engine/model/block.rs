@@ -11,8 +11,10 @@ use crate::engine::{
     alst::{
         checkpoint_offload::KeptLayer,
         tiled_mlp::{self, TiledMlp},
+        ulysses::{Saved, Ulysses},
     },
     backend::{Backend, Heads, Stream, Tensor},
+    comm::Comm,
     layers::{
         attention::{self, Activations, Chunk, KeysValues},
         mlp,
@@ -21,14 +23,15 @@ use crate::engine::{
 };
 
 /// Buffers that one layer at a time uses.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct Work {
-    /// Buffers of one chunk; their row count is the chunk size.
+    pub ulysses: Ulysses,
+    /// Buffers of one chunk; the row count of `norm` is the rank's part of a chunk.
     pub attention: attention::Work,
     /// Chunk buffers for layers of which q, or o and lse, are not kept.
     pub q: Option<Tensor>,
     pub attended: Option<(Tensor, Tensor)>,
-    /// `[c, h]`: the chunk's residual stream between attention and feed-forward.
+    /// `[n, h]`: the chunk's residual stream between attention and feed-forward.
     pub h1: Tensor,
     /// `[T, nk d]`, for layers whose k, v are not kept.
     pub kv: Option<KeysValues>,
@@ -40,10 +43,12 @@ pub struct Work {
 /// The sequence a layer runs over.
 #[derive(Debug, Clone, Copy)]
 pub struct Sequence<'a> {
+    /// Of all ranks, which have equally many.
     pub tokens: u64,
+    pub n_ranks: u64,
     /// Bounds of all documents, covering `0..tokens`.
     pub documents: &'a [Range<u64>],
-    /// Rotary angles `[T, d]` wide.
+    /// Rotary angles of the rank's rows, in their order, wide.
     pub angles: Tensor,
     pub heads: Heads,
     pub eps: f64,
@@ -69,19 +74,26 @@ impl<'a> Sequence<'a> {
     }
 
     fn chunk(&self, rows: Range<u64>) -> Chunk<'a> {
+        let local = rows.start / self.n_ranks..rows.end / self.n_ranks;
         Chunk {
             documents: self.documents_of(&rows),
-            angles: self.angles.rows(rows.start, rows.end),
+            angles: self.angles.rows(local.start, local.end),
             heads: self.heads,
             eps: self.eps,
             attends: rows.start >= self.attends_from,
+            local,
             rows,
         }
     }
 
-    /// Chunks of up to `size` rows, in order.
-    fn chunks(&self, size: u64) -> impl DoubleEndedIterator<Item = Chunk<'a>> + use<'a> {
-        let sequence = *self;
+    /// Of a tensor with a row for each that the rank has of the longest sequence, those of this one.
+    pub fn local(&self, rows: Tensor) -> Tensor {
+        rows.rows(0, self.tokens / self.n_ranks)
+    }
+
+    /// Chunks of which a rank has up to `n` rows, in order.
+    fn chunks(&self, n: u64) -> impl DoubleEndedIterator<Item = Chunk<'a>> + use<'a> {
+        let (sequence, size) = (*self, n * self.n_ranks);
         (0..self.tokens.div_ceil(size)).map(move |i| sequence.chunk(i * size..sequence.tokens.min((i + 1) * size)))
     }
 }
@@ -96,14 +108,14 @@ fn mlp_weights(p: &LayerParams) -> mlp::Weights {
 
 impl Work {
     /// Attention buffers cut to the rows of a chunk.
-    fn chunk(&self, n: u64) -> attention::Work {
-        let a = &self.attention;
+    fn chunk(&self, at: &Chunk) -> attention::Work {
+        let (a, n, c) = (&self.attention, at.n_local(), at.rows.end - at.rows.start);
         attention::Work {
             norm: a.norm.rows(0, n),
             qkv: a.qkv.rows(0, n),
-            d_o: a.d_o.rows(0, n),
-            dq: a.dq.rows(0, n),
-            delta: a.delta.shaped(a.delta.rows, n),
+            d_o: a.d_o.rows(0, c),
+            dq: a.dq.rows(0, c),
+            delta: a.delta.shaped(a.delta.rows, c),
             scratch: a.scratch,
         }
     }
@@ -118,8 +130,8 @@ impl Work {
             (None, None) => unreachable!("the plan keeps q or has a buffer for it"),
         };
         let (o, lse) = match (kept.attention, self.attended) {
-            (Some((o, lse)), _) => (o.rows(start, end), lse.rows(start, end).shaped(at.heads.n_heads, n)),
-            (None, Some((o, lse))) => (o.rows(0, n), lse.shaped(at.heads.n_heads, n)),
+            (Some((o, lse)), _) => (o.rows(start, end), lse.rows(start, end).shaped(lse.cols, n)),
+            (None, Some((o, lse))) => (o.rows(0, n), lse.shaped(lse.rows, n)),
             (None, None) => unreachable!("the plan keeps o or has a buffer for it"),
         };
         Activations { q, o, lse }
@@ -135,14 +147,14 @@ impl Work {
 
     /// Makes the backend ready for the attention of every chunk.
     pub fn prepare<B: Backend>(&self, b: &mut B, sequence: Sequence) -> Result {
-        sequence.chunks(self.attention.norm.rows).try_for_each(|at| attention::prepare(b, &at))
+        sequence.chunks(self.attention.norm.rows).try_for_each(|at| self.ulysses.prepare(b, &at))
     }
 
-    /// Forward over the whole sequence: `x` `[T, h]` becomes the layer's output. `put` sees each chunk's input rows before
+    /// Forward over the whole sequence: `x`, the rank's rows `[T / P, h]`, becomes the layer's output. `put` sees each chunk's input rows before
     /// they are overwritten, which waits for the event that it answers.
-    pub fn forward<B: Backend>(
+    pub fn forward<B: Backend, C: Comm<B>>(
         &self,
-        b: &mut B,
+        (b, comm): (&mut B, &mut C),
         x: Tensor,
         (weights, kept): (&LayerParams, &KeptLayer),
         sequence: Sequence,
@@ -152,32 +164,32 @@ impl Work {
         let (attention_w, mlp_w) = (attention_weights(weights), mlp_weights(weights));
         let kv = self.kv(kept);
         for at in sequence.chunks(self.attention.norm.rows) {
-            let Range { start, end } = at.rows;
-            let rows = x.rows(start, end);
-            let kept_input = put(b, &at.rows, rows)?;
-            let work = self.chunk(end - start);
+            let rows = x.rows(at.local.start, at.local.end);
+            let kept_input = put(b, &at.local, rows)?;
+            let work = self.chunk(&at);
             let act = self.activations(kept, &at);
             let filled = pass == Pass::Rerun;
             if !(filled && kept.attention.is_some()) {
                 if !(filled && kept.qkv.is_some()) {
-                    attention::project(b, rows, &attention_w, &work, act.q, kv, &at)?;
+                    self.ulysses.project((b, comm), rows, &attention_w, &work, (Some(act.q), Some(kv)), &at)?;
                 }
-                attention::attend(b, &act, kv, &work, &at)?;
+                self.ulysses.attend(b, &act, kv, &work, &at)?;
             }
+            let o = self.ulysses.outputs((b, comm), act.o, &at)?;
             if let Some(gone) = kept_input {
                 b.wait(Stream::Compute, &gone)?;
             }
-            attention::project_output(b, rows, act.o, &attention_w)?;
+            attention::project_output(b, rows, o, &attention_w)?;
             self.mlp.forward(b, rows, &mlp_w, kept_gate_up(kept, &at, filled))?;
         }
         Ok(())
     }
 
-    /// Backward over the whole sequence: `dy` `[T, h]`, the gradient of the layer's output, becomes that of its input `x`;
-    /// `grads` is added to. `done` is told each chunk's rows when nothing will read them in `x` any more, last rows first.
-    pub fn backward<B: Backend>(
+    /// Backward over the whole sequence: `dy` `[T / P, h]`, the gradient of the layer's output, becomes that of its input `x`;
+    /// `grads` is added to. `done` is told the rank's rows of each chunk when nothing will read them in `x` any more, last rows first.
+    pub fn backward<B: Backend, C: Comm<B>>(
         &self,
-        b: &mut B,
+        (b, comm): (&mut B, &mut C),
         (dy, x): (Tensor, Tensor),
         (weights, kept): (&LayerParams, &KeptLayer),
         grads: &LayerParams,
@@ -190,36 +202,37 @@ impl Work {
         let kv = self.kv(kept);
         if kept.qkv.is_none() {
             for at in sequence.chunks(size) {
-                let rows = x.rows(at.rows.start, at.rows.end);
-                attention::project_kv(b, rows, &attention_w, &self.chunk(rows.rows), kv, &at)?;
+                let rows = x.rows(at.local.start, at.local.end);
+                self.ulysses.project((b, comm), rows, &attention_w, &self.chunk(&at), (None, Some(kv)), &at)?;
             }
         }
-        b.fill(self.dkv.k.rows(0, sequence.tokens), 0.0)?;
-        b.fill(self.dkv.v.rows(0, sequence.tokens), 0.0)?;
+        b.fill(self.dkv.k, 0.0)?;
+        b.fill(self.dkv.v, 0.0)?;
         for at in sequence.chunks(size).rev() {
-            let (dy, x) = (dy.rows(at.rows.start, at.rows.end), x.rows(at.rows.start, at.rows.end));
-            let work = self.chunk(x.rows);
+            let (dy, x) = (dy.rows(at.local.start, at.local.end), x.rows(at.local.start, at.local.end));
+            let work = self.chunk(&at);
             let act = self.activations(kept, &at);
             if kept.qkv.is_some() {
                 b.rmsnorm(work.norm, x, attention_w.norm, at.eps)?;
             } else {
-                attention::project_q(b, x, &attention_w, &work, act.q, &at)?;
+                self.ulysses.project((b, comm), x, &attention_w, &work, (Some(act.q), None), &at)?;
             }
             if kept.attention.is_none() {
-                attention::attend(b, &act, kv, &work, &at)?;
+                self.ulysses.attend(b, &act, kv, &work, &at)?;
             }
+            let o = self.ulysses.outputs((b, comm), act.o, &at)?;
             let h1 = self.h1.rows(0, x.rows);
             b.copy(Stream::Compute, h1, x)?;
-            attention::project_output(b, h1, act.o, &attention_w)?;
+            attention::project_output(b, h1, o, &attention_w)?;
             self.mlp.backward(b, dy, h1, &mlp_w, &mlp_dw, kept_gate_up(kept, &at, true))?;
-            let saved = attention::Saved { x, w: &attention_w, act, kv };
-            attention::backward(b, dy, saved, self.dkv, &attention_dw, &work, &at)?;
-            done(b, &at.rows)?;
+            let saved = Saved { x, o, w: &attention_w, act, kv };
+            self.ulysses.backward((b, comm), dy, saved, self.dkv, &attention_dw, &work, &at)?;
+            done(b, &at.local)?;
         }
         Ok(())
     }
 }
 
 fn kept_gate_up(kept: &KeptLayer, at: &Chunk, filled: bool) -> Option<tiled_mlp::Kept> {
-    kept.gate_up.map(|all| tiled_mlp::Kept { gate_up: all.rows(at.rows.start, at.rows.end), filled })
+    kept.gate_up.map(|all| tiled_mlp::Kept { gate_up: all.rows(at.local.start, at.local.end), filled })
 }

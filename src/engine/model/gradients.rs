@@ -1,78 +1,114 @@
 //! Where gradients of weights add up, and how they wait for the step's norm.
 //!
-//! Every sum is made in the wide type. With one sequence a step the sums of a layer are complete when its backward is done;
-//! they may then be rounded to storage and their memory serve the next layer: 2 bytes a parameter instead of 4.
+//! Every sum is made in the wide type. The sums of a layer are complete when its backward is done; with one sequence a step they
+//! may then be rounded to storage and their memory serve the next layer: 2 bytes a parameter instead of 4. With several ranks
+//! each keeps its own part of the sums over all of them (ZeRO-3).
 
 use super::params::{LayerParams, Params};
 use crate::engine::{
     Result,
     backend::{Backend, Tensor},
+    comm::{Comm, in_turn},
     layers::loss,
 };
 
 /// Gradients of all parameters.
 #[derive(Debug, Clone)]
 pub struct Gradients {
-    /// What the update reads: wide, or storage when there are `sums`.
-    pub kept: Params,
+    /// What the update reads of each unit, flat: wide or storage.
+    pub kept: Units,
+    /// None where everything is kept wide and whole.
     pub sums: Option<Sums>,
+    /// Shapes of the parameters.
+    pub shapes: Params,
 }
 
-/// Wide memory for the part of the model whose backward runs.
+/// Parameters that are dealt to ranks together: each unit's part, flat.
+#[derive(Debug, Clone)]
+pub struct Units {
+    pub embedding: Tensor,
+    pub layers: Vec<Tensor>,
+    pub norm: Tensor,
+    /// None when it is the embedding.
+    pub head: Option<Tensor>,
+}
+
+/// Wide memory for the part of the model whose backward runs: whole units, flat.
 #[derive(Debug, Clone, Copy)]
 pub struct Sums {
-    /// One layer's parameters, flat.
+    /// One layer's parameters.
     pub layer: Tensor,
-    /// `[V, h]`, for the head and then for the embedding; for both at once when they are tied.
+    /// `V h`, for the head and then for the embedding; for both at once when they are tied.
     pub vocabulary: Tensor,
-    /// `[1, h]`
+    /// `h`
     pub norm: Tensor,
+}
+
+impl Units {
+    /// All of them, in order.
+    pub fn iter(&self) -> impl Iterator<Item = Tensor> {
+        [self.embedding].into_iter().chain(self.layers.iter().copied()).chain([self.norm]).chain(self.head)
+    }
 }
 
 impl Gradients {
     /// Where the loss adds gradients of the last norm and the head; cleared first.
     pub fn begin_loss<B: Backend>(&self, b: &mut B) -> Result<loss::Weights> {
-        let Some(sums) = &self.sums else {
-            return Ok(loss::Weights { norm: self.kept.norm, head: self.kept.head });
+        let (norm, head) = if let Some(sums) = &self.sums {
+            b.fill(sums.norm, 0.0)?;
+            b.fill(sums.vocabulary, 0.0)?;
+            (sums.norm, sums.vocabulary)
+        } else {
+            (self.kept.norm, self.kept.head.unwrap_or(self.kept.embedding))
         };
-        b.fill(sums.norm, 0.0)?;
-        b.fill(sums.vocabulary, 0.0)?;
-        Ok(loss::Weights { norm: sums.norm, head: sums.vocabulary })
+        Ok(loss::Weights { norm: like(norm, self.shapes.norm), head: like(head, self.shapes.head) })
     }
 
     /// The loss is done.
-    pub fn end_loss<B: Backend>(&self, b: &mut B) -> Result {
+    pub fn end_loss<B: Backend, C: Comm<B>>(&self, (b, comm): (&mut B, &mut C)) -> Result {
         let Some(sums) = &self.sums else { return Ok(()) };
-        b.cast(self.kept.norm, sums.norm)?;
-        if self.kept.head == self.kept.embedding {
-            return Ok(()); // the embedding adds its part to the same sums
-        }
-        b.cast(self.kept.head, sums.vocabulary)?;
+        keep((b, comm), self.kept.norm, sums.norm)?;
+        // A tied embedding adds its part to the same sums.
+        let Some(head) = self.kept.head else { return Ok(()) };
+        keep((b, comm), head, sums.vocabulary)?;
         b.fill(sums.vocabulary, 0.0)
     }
 
     /// Where a layer's backward adds; cleared first.
     pub fn begin_layer<B: Backend>(&self, b: &mut B, layer: u64) -> Result<LayerParams> {
-        let kept = self.kept.layers[layer as usize];
-        let Some(sums) = &self.sums else { return Ok(kept) };
+        let shapes = self.shapes.layers[layer as usize];
+        let Some(sums) = &self.sums else { return Ok(shapes.over(self.kept.layers[layer as usize])) };
         b.fill(sums.layer, 0.0)?;
-        Ok(kept.over(sums.layer))
+        Ok(shapes.over(sums.layer))
     }
 
     /// A layer's backward is done.
-    pub fn end_layer<B: Backend>(&self, b: &mut B, layer: u64) -> Result {
-        let Some(sums) = &self.sums else { return Ok(()) };
-        b.cast(self.kept.layers[layer as usize].flat(), sums.layer)
+    pub fn end_layer<B: Backend, C: Comm<B>>(&self, (b, comm): (&mut B, &mut C), layer: u64) -> Result {
+        self.sums.map_or(Ok(()), |sums| keep((b, comm), self.kept.layers[layer as usize], sums.layer))
     }
 
-    /// Where the embedding's backward adds.
+    /// Where the embedding's backward adds `[V, h]`.
     pub fn embedding(&self) -> Tensor {
-        self.sums.map_or(self.kept.embedding, |sums| sums.vocabulary)
+        like(self.sums.map_or(self.kept.embedding, |sums| sums.vocabulary), self.shapes.embedding)
     }
 
     /// The embedding's backward is done.
-    pub fn end_embedding<B: Backend>(&self, b: &mut B) -> Result {
-        let Some(sums) = &self.sums else { return Ok(()) };
-        b.cast(self.kept.embedding, sums.vocabulary)
+    pub fn end_embedding<B: Backend, C: Comm<B>>(&self, (b, comm): (&mut B, &mut C)) -> Result {
+        self.sums.map_or(Ok(()), |sums| keep((b, comm), self.kept.embedding, sums.vocabulary))
     }
+}
+
+/// A flat tensor's first elements in the shape of another.
+fn like(flat: Tensor, shape: Tensor) -> Tensor {
+    flat.shaped(shape.rows, shape.cols)
+}
+
+/// The rank's part of a unit's sums over all ranks: added to what it keeps in the wide type, or rounded to storage.
+fn keep<B: Backend, C: Comm<B>>((b, comm): (&mut B, &mut C), kept: Tensor, sums: Tensor) -> Result {
+    let n = kept.elements();
+    let own = sums.part(comm.rank() as u64 * n, n);
+    if comm.n_ranks() > 1 {
+        in_turn(b, |b| comm.reduce_scatter(b, own, sums))?;
+    }
+    if kept.dtype == own.dtype { b.accumulate(kept, own) } else { b.cast(kept, own) }
 }

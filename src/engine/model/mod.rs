@@ -3,6 +3,8 @@
 pub mod block;
 pub mod gradients;
 pub mod params;
+mod pieces;
+pub mod share;
 pub mod transformer;
 
 pub use params::{LayerParams, Params};

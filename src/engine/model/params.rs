@@ -3,10 +3,7 @@
 //! The same layout serves weights, gradients and both moments, so an update walks four flat tensors. q, k, v lie side by
 //! side and so do gate and up: each group is one matrix to a GEMM and several names to a file.
 
-use crate::{
-    domain::ModelConfig,
-    engine::backend::{Split, Tensor},
-};
+use crate::{domain::ModelConfig, engine::backend::Tensor};
 
 /// One layer's parameters, or their gradients or moments.
 #[derive(Debug, Clone, Copy)]
@@ -26,20 +23,13 @@ pub struct LayerParams {
 }
 
 impl LayerParams {
-    /// The whole layer as one run of elements: its parameters lie one behind the other.
-    pub fn flat(&self) -> Tensor {
-        let down = self.down;
-        let bytes = down.offset + down.bytes() - self.attention_norm.offset;
-        Tensor { rows: 1, cols: bytes / down.dtype.bytes(), ..self.attention_norm }
-    }
-
     /// The same shapes over another flat run of as many elements.
     ///
     /// # Panics
     /// When that is shorter.
     #[must_use]
     pub fn over(&self, flat: Tensor) -> Self {
-        let mut pieces = Pieces { flat: Split::resident(flat.shaped(flat.elements(), 1)), taken: 0 };
+        let mut pieces = Pieces { flat, taken: 0 };
         let mut like = |tensor: Tensor| pieces.take(tensor.rows, tensor.cols);
         Self {
             attention_norm: like(self.attention_norm),
@@ -75,20 +65,24 @@ pub struct Named {
     pub first: u64,
 }
 
-/// Hands out consecutive pieces of a flat run, one element a row.
+impl Named {
+    /// Number of its elements.
+    pub fn elements(&self) -> u64 {
+        self.tensor.elements()
+    }
+}
+
+/// Hands out consecutive pieces of a flat tensor.
 struct Pieces {
-    flat: Split,
+    flat: Tensor,
     taken: u64,
 }
 
 impl Pieces {
     fn take(&mut self, rows: u64, cols: u64) -> Tensor {
-        let first = self.taken;
-        self.taken += rows * cols;
-        let mut places = self.flat.rows(first, self.taken);
-        let place = places.next().expect("no parameter is empty");
-        assert!(places.next().is_none(), "a parameter lies in one place");
-        place.shaped(rows, cols)
+        let n = rows * cols;
+        self.taken += n;
+        self.flat.part(self.taken - n, n).shaped(rows, cols)
     }
 }
 
@@ -98,30 +92,49 @@ impl Params {
     /// # Panics
     /// When the tensor is smaller.
     pub fn over(config: &ModelConfig, flat: Tensor) -> Self {
-        Self::over_split(config, Split::resident(flat.shaped(flat.elements(), 1)))
+        let vocabulary = config.vocab_size * config.hidden_size;
+        let mut end = 0;
+        let mut take = |n: u64| {
+            end += n;
+            flat.part(end - n, n)
+        };
+        let embedding = take(vocabulary);
+        let layers: Vec<Tensor> = (0..config.n_layers).map(|_| take(config.layer_params())).collect();
+        let norm = take(config.hidden_size);
+        let head = (!config.tie_word_embeddings).then(|| take(vocabulary));
+        Self::of_units(config, embedding, layers, norm, head)
     }
 
-    /// The same over a run of single elements of which a stretch of whole layers may lie in host memory.
+    /// Parameters of which each unit is a flat tensor of at least its elements; no head when it is the embedding.
     ///
     /// # Panics
-    /// When the run is shorter, or a parameter lies in two places.
-    pub fn over_split(config: &ModelConfig, flat: Split) -> Self {
+    /// When a unit's tensor is smaller.
+    pub fn of_units(
+        config: &ModelConfig,
+        embedding: Tensor,
+        layers: impl IntoIterator<Item = Tensor>,
+        norm: Tensor,
+        head: Option<Tensor>,
+    ) -> Self {
         let (h, f, vocab) = (config.hidden_size, config.intermediate_size, config.vocab_size);
-        let mut pieces = Pieces { flat, taken: 0 };
-        let embedding = pieces.take(vocab, h);
-        let layers = (0..config.n_layers)
-            .map(|_| LayerParams {
+        let layer = |flat: Tensor| {
+            let mut pieces = Pieces { flat, taken: 0 };
+            LayerParams {
                 attention_norm: pieces.take(1, h),
                 qkv: pieces.take(config.q_size() + 2 * config.kv_size(), h),
                 output: pieces.take(h, config.q_size()),
                 mlp_norm: pieces.take(1, h),
                 gate_up: pieces.take(2 * f, h),
                 down: pieces.take(h, f),
-            })
-            .collect();
-        let norm = pieces.take(1, h);
-        let head = if config.tie_word_embeddings { embedding } else { pieces.take(vocab, h) };
-        Self { embedding, layers, norm, head }
+            }
+        };
+        let embedding = embedding.shaped(vocab, h);
+        Self {
+            embedding,
+            layers: layers.into_iter().map(layer).collect(),
+            norm: norm.shaped(1, h),
+            head: head.map_or(embedding, |head| head.shaped(vocab, h)),
+        }
     }
 
     /// Every parameter under its Hugging Face name, in the order of the flat layout. A tied head has no name of its own.
@@ -146,7 +159,7 @@ impl Params {
             ]);
         }
         out.push(vector("model.norm.weight".into(), self.norm));
-        if self.head != self.embedding {
+        if !config.tie_word_embeddings {
             out.push(matrix("lm_head.weight".into(), self.head));
         }
         let mut first = 0;

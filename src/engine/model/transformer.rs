@@ -6,6 +6,7 @@ use super::{
     block::{self, Pass},
     gradients::Gradients,
     params::{LayerParams, Params},
+    pieces,
 };
 use crate::{
     domain::ModelConfig,
@@ -17,6 +18,7 @@ use crate::{
             zero3::{Walk, Zero3},
         },
         backend::{Backend, Heads, Stream, Tensor},
+        comm::{Comm, Groups},
         layers::loss,
     },
 };
@@ -25,9 +27,9 @@ use crate::{
 #[derive(Debug)]
 pub struct Transformer {
     pub config: ModelConfig,
-    /// Where they live; a layer's are used where `layer_weights` brings them.
+    /// Where operations find those outside the layers, and the layers' shapes. `zero3` brings all of them.
     pub weights: Params,
-    pub layer_weights: Zero3,
+    pub zero3: Zero3,
     /// Added to by every backward.
     pub grads: Gradients,
     /// First layers of the segments whose inputs are kept, ascending from 0.
@@ -35,12 +37,12 @@ pub struct Transformer {
     pub checkpoints: CheckpointOffload,
     pub block: block::Work,
     pub loss: TiledLoss,
-    /// Residual stream and its gradient `[T, h]`.
+    /// Residual stream and its gradient, the rank's rows `[T / P, h]`.
     pub x: Tensor,
     pub dy: Tensor,
     /// Sum of losses and number of right guesses, `[1, 2]` wide; added to.
     pub sums: Tensor,
-    /// Token ids, labels, positions `[T, 1]`, rotary angles `[T, d]`: room for the longest sequence.
+    /// Token ids, labels, positions `[T / P, 1]`, rotary angles `[T / P, d]` of these: room for the longest sequence.
     pub ids: Tensor,
     pub labels: Tensor,
     pub positions: Tensor,
@@ -70,39 +72,45 @@ pub struct Batch<'a> {
 impl Transformer {
     /// Forward and backward over one sequence: adds to `sums` and to `grads`. `scale` is one over the number of valid
     /// labels of the whole optimizer step.
-    pub fn forward_backward<B: Backend>(&mut self, b: &mut B, batch: Batch, scale: f64) -> Result {
+    pub fn forward_backward<B: Backend, C: Comm<B>>(
+        &mut self,
+        (b, comm): (&mut B, &mut Groups<C>),
+        batch: Batch,
+        scale: f64,
+    ) -> Result {
         let at = self.load(b, batch)?;
-        let (x, dy) = (self.x.rows(0, at.tokens), self.dy.rows(0, at.tokens));
-        let ids = self.ids.rows(0, at.tokens);
+        let (x, dy, ids) = (at.local(self.x), at.local(self.dy), at.local(self.ids));
+        self.zero3.gather_embedding((b, &mut comm.world))?;
         b.embedding(x, ids, self.weights.embedding)?;
-        let mut coming = Coming { weights: self.layer_weights.walk(self.order()), input: None };
+        let mut coming = Coming { weights: self.zero3.walk(self.order()), input: None };
         for layer in 0..self.config.n_layers {
             let keep = self.segment_starts.contains(&layer);
-            self.layer_forward(b, (layer, keep), at, Pass::First, &mut coming.weights)?;
+            self.layer_forward((b, comm), (layer, keep), at, Pass::First, &mut coming.weights)?;
         }
-        let labels = self.labels.rows(0, at.tokens);
+        self.zero3.gather_head((b, &mut comm.world))?;
         let dw = self.grads.begin_loss(b)?;
         let gradient = loss::Gradient { dx: dy, dw, scale };
-        self.loss.forward_backward(b, self.sums, (x, labels), &self.head(), Some(gradient))?;
-        self.grads.end_loss(b)?;
+        self.loss.forward_backward(b, self.sums, (x, at.local(self.labels)), &self.head(), Some(gradient))?;
+        self.grads.end_loss((b, &mut comm.world))?;
         for segment in (0..self.segment_starts.len()).rev() {
-            self.segment_backward(b, segment, at, &mut coming)?;
+            self.segment_backward((b, comm), segment, at, &mut coming)?;
         }
         b.embedding_backward(self.grads.embedding(), ids, dy)?;
-        self.grads.end_embedding(b)
+        self.grads.end_embedding((b, &mut comm.world))
     }
 
     /// Forward alone over one sequence: adds to `sums`.
-    pub fn evaluate<B: Backend>(&mut self, b: &mut B, batch: Batch) -> Result {
+    pub fn evaluate<B: Backend, C: Comm<B>>(&mut self, (b, comm): (&mut B, &mut Groups<C>), batch: Batch) -> Result {
         let at = self.load(b, batch)?;
-        let x = self.x.rows(0, at.tokens);
-        b.embedding(x, self.ids.rows(0, at.tokens), self.weights.embedding)?;
-        let mut weights = self.layer_weights.walk((0..self.config.n_layers).collect());
+        let x = at.local(self.x);
+        self.zero3.gather_embedding((b, &mut comm.world))?;
+        b.embedding(x, at.local(self.ids), self.weights.embedding)?;
+        let mut weights = self.zero3.walk((0..self.config.n_layers).collect());
         for layer in 0..self.config.n_layers {
-            self.layer_forward(b, (layer, false), at, Pass::First, &mut weights)?;
+            self.layer_forward((b, comm), (layer, false), at, Pass::First, &mut weights)?;
         }
-        let labels = self.labels.rows(0, at.tokens);
-        self.loss.forward_backward(b, self.sums, (x, labels), &self.head(), None)
+        self.zero3.gather_head((b, &mut comm.world))?;
+        self.loss.forward_backward(b, self.sums, (x, at.local(self.labels)), &self.head(), None)
     }
 
     /// Makes the backend ready for sequences with documents like these, so that no step waits for it.
@@ -115,22 +123,27 @@ impl Transformer {
         loss::Weights { norm: self.weights.norm, head: self.weights.head }
     }
 
-    /// Brings a sequence to the device and computes its rotary angles.
+    /// Brings the rank's rows of a sequence to the device and computes their rotary angles.
+    ///
+    /// # Panics
+    /// When the ranks that share the sequence do not divide it.
     fn load<'a, B: Backend>(&mut self, b: &mut B, batch: Batch<'a>) -> Result<block::Sequence<'a>> {
-        let tokens = batch.ids.len() as u64;
-        b.upload(self.ids.rows(0, tokens), bytemuck::cast_slice(batch.ids))?;
-        b.upload(self.labels.rows(0, tokens), bytemuck::cast_slice(batch.labels))?;
-        let positions = self.positions.rows(0, tokens);
-        b.upload(positions, bytemuck::cast_slice(batch.positions))?;
-        b.rope_table(self.angles.rows(0, tokens), positions, &self.config.inverse_frequencies())?;
-        Ok(self.sequence(tokens, batch.documents))
+        let at = self.sequence(batch.ids.len() as u64, batch.documents);
+        assert!(at.tokens.is_multiple_of(at.n_ranks), "{} tokens for {} ranks", at.tokens, at.n_ranks);
+        let chunk = self.block.attention.norm.rows * at.n_ranks;
+        let rows = pieces::of_rank(at.tokens, chunk, at.n_ranks, self.block.ulysses.rank as u64);
+        for (to, all) in [(self.ids, batch.ids), (self.labels, batch.labels), (self.positions, batch.positions)] {
+            b.upload(at.local(to), bytemuck::cast_slice(&pieces::taken(all, &rows)))?;
+        }
+        b.rope_table(at.local(self.angles), at.local(self.positions), &self.config.inverse_frequencies())?;
+        Ok(at)
     }
 
     fn sequence<'a>(&self, tokens: u64, documents: &'a [Range<u64>]) -> block::Sequence<'a> {
         let heads =
             Heads { n_heads: self.config.n_heads, n_kv_heads: self.config.n_kv_heads, head_dim: self.config.head_dim };
-        let (angles, eps) = (self.angles, self.config.rms_norm_eps);
-        block::Sequence { tokens, documents, angles, heads, eps, attends_from: 0 }
+        let (angles, eps, n_ranks) = (self.angles, self.config.rms_norm_eps, self.block.ulysses.heads.len() as u64);
+        block::Sequence { tokens, n_ranks, documents, angles, heads, eps, attends_from: 0 }
     }
 
     /// Layers `start..end` of a segment.
@@ -157,45 +170,50 @@ impl Transformer {
         block::Sequence { attends_from, ..at }
     }
 
-    fn layer_forward<B: Backend>(
+    fn layer_forward<B: Backend, C: Comm<B>>(
         &mut self,
-        b: &mut B,
+        (b, comm): (&mut B, &mut Groups<C>),
         (layer, keep_input): (u64, bool),
         at: block::Sequence,
         pass: Pass,
         coming: &mut Walk<B::Event>,
     ) -> Result {
         let (kept, at) = (self.checkpoints.layer(layer), self.of_layer(layer, at));
-        let weights = self.enter(b, coming, layer)?;
+        let weights = self.enter((b, &mut comm.world), coming, layer)?;
         let checkpoints = &mut self.checkpoints;
-        let x = self.x.rows(0, at.tokens);
-        self.block.forward(b, x, (&weights, &kept), at, pass, |b, rows, x| {
+        let x = at.local(self.x);
+        self.block.forward((b, &mut comm.sequence), x, (&weights, &kept), at, pass, |b, rows, x| {
             if keep_input { checkpoints.put(b, layer, rows, x) } else { Ok(None) }
         })
     }
 
     /// A layer's parameters where operations may use them now.
-    fn enter<B: Backend>(&self, b: &mut B, coming: &mut Walk<B::Event>, layer: u64) -> Result<LayerParams> {
-        let flat = self.layer_weights.enter(b, coming, layer)?;
+    fn enter<B: Backend, C: Comm<B>>(
+        &self,
+        (b, world): (&mut B, &mut C),
+        coming: &mut Walk<B::Event>,
+        layer: u64,
+    ) -> Result<LayerParams> {
+        let flat = self.zero3.enter((b, world), coming, layer)?;
         Ok(self.weights.layers[layer as usize].over(flat))
     }
 
     /// Backward of one segment: rebuilds the inputs of its layers from its start, then walks them last to first. While a
     /// layer is walked the input that is needed next comes into the rows that the walk is done with; `coming` hands that of
     /// the previous segment's start over.
-    fn segment_backward<B: Backend>(
+    fn segment_backward<B: Backend, C: Comm<B>>(
         &mut self,
-        b: &mut B,
+        (b, comm): (&mut B, &mut Groups<C>),
         segment: usize,
         at: block::Sequence,
         coming: &mut Coming<B::Event>,
     ) -> Result {
         let Range { start, end } = self.segment(segment);
-        let (x, dy) = (self.x.rows(0, at.tokens), self.dy.rows(0, at.tokens));
+        let (x, dy) = (at.local(self.x), at.local(self.dy));
         if end - start > 1 {
             self.input(b, start, x, &mut coming.input)?;
             for layer in start..end - 1 {
-                self.layer_forward(b, (layer, layer > start), at, Pass::Rerun, &mut coming.weights)?;
+                self.layer_forward((b, comm), (layer, layer > start), at, Pass::Rerun, &mut coming.weights)?;
             }
         }
         for layer in (start..end).rev() {
@@ -207,17 +225,18 @@ impl Transformer {
             let next =
                 if layer > start { Some(layer - 1) } else { segment.checked_sub(1).map(|s| self.segment_starts[s]) };
             let (kept, of_layer) = (self.checkpoints.layer(layer), self.of_layer(layer, at));
-            let (weights, grads) = (self.enter(b, &mut coming.weights, layer)?, self.grads.begin_layer(b, layer)?);
+            let weights = self.enter((b, &mut comm.world), &mut coming.weights, layer)?;
+            let grads = self.grads.begin_layer(b, layer)?;
             let checkpoints = &self.checkpoints;
             let mut last = None;
-            self.block.backward(b, (dy, x), (&weights, &kept), &grads, of_layer, |b, rows| {
+            self.block.backward((b, &mut comm.sequence), (dy, x), (&weights, &kept), &grads, of_layer, |b, rows| {
                 let Some(next) = next else { return Ok(()) };
                 let here = checkpoints.fetch(b, next, rows, x.rows(rows.start, rows.end))?;
                 last = here.or(last.take());
                 Ok(())
             })?;
             coming.input = next.map(|layer| Arriving { layer, last });
-            self.grads.end_layer(b, layer)?;
+            self.grads.end_layer((b, &mut comm.world), layer)?;
         }
         Ok(())
     }

@@ -21,9 +21,11 @@ pub struct States {
 /// A run of consecutive parameters that are updated alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Group {
-    /// First element in the flat layout, and how many.
+    /// First element in the rank's flat layout, and how many.
     pub start: u64,
     pub elements: u64,
+    /// The first one's index among all parameters.
+    pub first_index: u64,
     /// Norm gains are not decayed: their size is no measure of complexity.
     pub decayed: bool,
 }
@@ -37,10 +39,14 @@ pub struct Scalars {
     pub scale: Tensor,
 }
 
-/// Norm of all gradients `g`, and the factor that brings it down to at most `max_norm` (0: 1).
-pub fn clip<B: Backend>(b: &mut B, g: Tensor, scalars: Scalars, max_norm: f64) -> Result {
+/// Sum of squares of gradients `g`, into `scalars.sum_squares`.
+pub fn sum_squares<B: Backend>(b: &mut B, g: Tensor, scalars: Scalars) -> Result {
     b.fill(scalars.sum_squares, 0.0)?;
-    b.sum_squares(scalars.sum_squares, g)?;
+    b.sum_squares(scalars.sum_squares, g)
+}
+
+/// The factor that brings the norm whose square `scalars.sum_squares` holds down to at most `max_norm` (0: 1).
+pub fn clip<B: Backend>(b: &mut B, scalars: Scalars, max_norm: f64) -> Result {
     b.clip_scale(scalars.scale, scalars.sum_squares, max_norm)
 }
 
@@ -64,23 +70,27 @@ pub fn update<B: Backend>(
         let state =
             OptimizerState { w: part(states.w), low: states.low.map(part), m: part(states.m), v: part(states.v) };
         let weight_decay = if group.decayed { hyper.weight_decay } else { 0.0 };
-        let hyper = AdamW { weight_decay, first_index: start, ..*hyper };
+        let first_index = group.first_index + start - group.start;
+        let hyper = AdamW { weight_decay, first_index, ..*hyper };
         b.adamw(state, part(states.g), scale, &hyper)?;
     }
     Ok(())
 }
 
-/// Groups of a list of parameters in flat order, `(elements, is a norm gain)` each; neighbours that are updated alike are
-/// joined.
-pub fn groups(parameters: impl IntoIterator<Item = (u64, bool)>) -> Vec<Group> {
-    let mut groups: Vec<Group> = Vec::new();
-    let mut start = 0;
-    for (elements, norm) in parameters {
-        match groups.last_mut() {
-            Some(last) if last.decayed != norm => last.elements += elements,
-            _ => groups.push(Group { start, elements, decayed: !norm }),
+/// Neighbouring groups that are updated alike, joined.
+pub fn joined(groups: impl IntoIterator<Item = Group>) -> Vec<Group> {
+    let mut joined: Vec<Group> = Vec::new();
+    for group in groups {
+        match joined.last_mut() {
+            Some(last)
+                if last.decayed == group.decayed
+                    && last.start + last.elements == group.start
+                    && last.first_index + last.elements == group.first_index =>
+            {
+                last.elements += group.elements;
+            }
+            _ => joined.push(group),
         }
-        start += elements;
     }
-    groups
+    joined
 }

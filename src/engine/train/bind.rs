@@ -11,7 +11,8 @@ use crate::{
             optimizer_offload::{OptimizerOffload, Staged},
             tiled_loss::TiledLoss,
             tiled_mlp::TiledMlp,
-            zero3::Zero3,
+            ulysses::{Exchange, Ulysses},
+            zero3::{Gathered, Outside, Zero3},
         },
         backend::{Backend, DType, Space, Split, Tensor},
         layers::{
@@ -19,14 +20,17 @@ use crate::{
             loss, mlp,
         },
         model::{
-            LayerParams, Params, Transformer, block,
-            gradients::{Gradients, Sums},
+            Params, Transformer, block,
+            gradients::{Gradients, Sums, Units},
+            params::Named,
+            share::{Part, Share},
         },
         optim,
     },
     plan::{
-        Layout, Place, Plan, Slot,
+        Layout, Place, Plan, Ranks, Slot,
         layout::{Arena, Element},
+        shards,
     },
 };
 
@@ -37,6 +41,10 @@ pub struct Bound {
     /// All weights, a row a parameter, and all gradients, flat.
     pub weights: Split,
     pub grads: Tensor,
+    /// Which parameters these are.
+    pub share: Share,
+    /// Every parameter of the model, its tensor a place where all could lie.
+    pub named: Vec<Named>,
     pub optimizer: OptimizerOffload,
     pub groups: Vec<optim::Group>,
     pub scalars: optim::Scalars,
@@ -86,12 +94,22 @@ impl Binding<'_> {
         Some(Split { host, device, host_start: 0 })
     }
 
-    /// All weights: those of the first layers may be in host memory, behind the embedding in the flat order.
-    fn weights(&self, config: &ModelConfig) -> Split {
+    /// The rank's weights: those of the first layers may be in host memory, behind the embedding in the flat order.
+    fn weights(&self, parts: &[u64]) -> Split {
         let flat = self.split(Slot::HostWeights, Slot::Weights, 1);
         let flat = flat.unwrap_or_else(|| Split::resident(self.tensor(Slot::Weights)));
-        let embedding = config.vocab_size * config.hidden_size;
-        Split { host_start: if flat.host.rows > 0 { embedding } else { 0 }, ..flat }
+        Split { host_start: if flat.host.rows > 0 { parts[0] } else { 0 }, ..flat }
+    }
+
+    /// The rank's weights where operations find them: its own memory with one rank, else where units are gathered.
+    fn outside(&self, units: &Units) -> Option<Outside> {
+        let (vocabulary, norm) = self.pair(Slot::VocabularyWeights, Slot::NormWeights)?;
+        let gathered = |part, whole| Gathered { part, whole };
+        Some(Outside {
+            embedding: gathered(units.embedding, vocabulary),
+            norm: gathered(units.norm, norm),
+            head: units.head.map(|head| gathered(head, vocabulary)),
+        })
     }
 
     /// The two rows of a region.
@@ -117,13 +135,12 @@ impl Binding<'_> {
         }
     }
 
-    /// Wide sums beside gradients that are kept in storage.
-    fn sums(&self, config: &ModelConfig) -> Option<Sums> {
+    /// Wide sums of the unit whose backward runs, where gradients are not kept wide and whole.
+    fn sums(&self, config: &ModelConfig, world: u64) -> Option<Sums> {
         let (layer, outside) = self.pair(Slot::LayerGradients, Slot::VocabularyGradients)?;
-        let (vocab, h) = (config.vocab_size, config.hidden_size);
-        let vocabulary = outside.shaped(vocab, h);
-        let norm = Tensor { offset: outside.offset + vocabulary.bytes(), ..outside.shaped(1, h) };
-        Some(Sums { layer, vocabulary, norm })
+        let vocabulary = world * shards::part(config.vocab_size * config.hidden_size, world);
+        let norm = outside.part(vocabulary, outside.elements() - vocabulary);
+        Some(Sums { layer, vocabulary: outside.part(0, vocabulary), norm })
     }
 
     fn kept(&self) -> Kept {
@@ -134,7 +151,7 @@ impl Binding<'_> {
         }
     }
 
-    fn block(&self, eps: f64) -> block::Work {
+    fn block(&self, config: &ModelConfig, ranks: Ranks, rank: usize) -> block::Work {
         let attention = attention::Work {
             norm: self.tensor(Slot::Xn),
             qkv: self.tensor(Slot::Qkv),
@@ -149,7 +166,10 @@ impl Binding<'_> {
             act: self.tensor(Slot::Act),
             d_norm: self.tensor(Slot::DMlpNorm),
         };
+        let heads = shards::heads(config, ranks);
+        let eps = config.rms_norm_eps;
         block::Work {
+            ulysses: Ulysses { head_dim: config.head_dim, heads, rank, exchange: self.exchange() },
             attention,
             q: self.find(Slot::Q),
             attended: self.pair(Slot::O, Slot::Lse),
@@ -159,24 +179,71 @@ impl Binding<'_> {
             mlp: TiledMlp { work: tile, eps },
         }
     }
+
+    /// Buffers for ranks that share a sequence.
+    fn exchange(&self) -> Option<Exchange> {
+        let (q, o) = self.pair(Slot::LocalQ, Slot::LocalO)?;
+        let kv = self.pair(Slot::LocalK, Slot::LocalV).map(|(k, v)| KeysValues { k, v })?;
+        let dkv = self.pair(Slot::LocalDk, Slot::LocalDv).map(|(k, v)| KeysValues { k, v })?;
+        Some(Exchange { q, o, kv, dkv, packed: self.tensor(Slot::Packed) })
+    }
 }
 
-/// Lays a model over the arenas that `plan` describes. `spill` is the folder for a spill file, if the plan has one.
-pub fn bind<B: Backend>(b: &B, plan: &Plan, config: &ModelConfig, spill: &Path) -> Result<Bound> {
+/// The parts of a flat run of rows of single parameters that belong to each unit.
+fn units(flat: Split, parts: &[u64], tied: bool) -> Units {
+    let mut end = 0;
+    let mut take = |n: &u64| {
+        end += n;
+        let place = flat.rows(end - n, end).next().expect("no unit is empty");
+        assert_eq!(place.rows, *n, "a unit's part lies in one place");
+        place.shaped(1, *n)
+    };
+    let after_layers = parts.len() - if tied { 1 } else { 2 };
+    let embedding = take(&parts[0]);
+    let layers = parts[1..after_layers].iter().map(&mut take).collect();
+    let norm = take(&parts[after_layers]);
+    let head = parts.get(after_layers + 1).map(take);
+    Units { embedding, layers, norm, head }
+}
+
+/// Shapes of all parameters where operations find them.
+fn places(config: &ModelConfig, own: &Units, binding: &Binding) -> Params {
+    let outside = binding.outside(own);
+    let layer = |own: Tensor| binding.two(Slot::LayerWeights).map_or(own, |buffers| buffers[0]);
+    let whole = |own: Tensor, gathered: Option<Gathered>| gathered.map_or(own, |gathered| gathered.whole);
+    Params::of_units(
+        config,
+        whole(own.embedding, outside.map(|o| o.embedding)),
+        own.layers.iter().map(|own| layer(*own)),
+        whole(own.norm, outside.map(|o| o.norm)),
+        own.head.map(|own| whole(own, outside.and_then(|o| o.head))),
+    )
+}
+
+/// Lays a rank's part of a model over the arenas that `plan` describes. `rank` is its place in the world; `spill` is the folder
+/// for a spill file, if the plan has one.
+pub fn bind<B: Backend>(b: &B, plan: &Plan, rank: u64, config: &ModelConfig, spill: &Path) -> Result<Bound> {
     let binding = Binding { layout: &plan.layout, storage: b.storage(), wide: b.wide() };
+    let (ranks, world) = (plan.choice.ranks, plan.choice.ranks.world());
     let eps = config.rms_norm_eps;
-    let weights_flat = binding.weights(config);
-    let grads_flat = binding.tensor(Slot::Gradients);
-    let weights = Params::over_split(config, weights_flat);
+    let part = |n| shards::part(n, world);
+    let sizes = shards::units(config);
+    let parts: Vec<u64> = sizes.iter().copied().map(part).collect();
+    let share = Share::new(&sizes, rank, part);
+    let (weights, grads) = (binding.weights(&parts), binding.tensor(Slot::Gradients));
+    let own = units(weights, &parts, config.tie_word_embeddings);
+    let flat_grads = Split::resident(grads.shaped(grads.elements(), 1));
+    let shapes = places(config, &own, &binding);
     let slots = match plan.choice.checkpoint_place {
         Place::Memory => {
             let split = binding.split(Slot::HostCheckpoints, Slot::Checkpoints, config.hidden_size);
             Slots::Memory(split.unwrap_or_else(|| Split::resident(binding.tensor(Slot::Checkpoints))))
         }
-        Place::Disk => Slots::Disk { file: spill_file(spill)?, slots: plan.choice.checkpoint_slots },
+        Place::Disk => Slots::Disk { file: spill_file(spill, rank)?, slots: plan.choice.checkpoint_slots },
     };
     let scalars = binding.tensor(Slot::Scalars);
-    let groups = optim::groups(weights.named(config).iter().map(|p| (p.tensor.elements(), p.shape.len() == 1)));
+    let named = shapes.named(config);
+    let groups = groups(&named, &share);
     let loss_work = loss::Work {
         norm: binding.tensor(Slot::LossNorm),
         logits: binding.tensor(Slot::Logits),
@@ -184,15 +251,16 @@ pub fn bind<B: Backend>(b: &B, plan: &Plan, config: &ModelConfig, spill: &Path) 
     };
     let model = Transformer {
         config: config.clone(),
-        grads: Gradients { kept: Params::over(config, grads_flat), sums: binding.sums(config) },
-        layer_weights: Zero3 {
-            homes: weights.layers.iter().map(LayerParams::flat).collect(),
-            buffers: binding.two(Slot::LayerWeights),
+        grads: Gradients {
+            kept: units(flat_grads, &parts, config.tie_word_embeddings),
+            sums: binding.sums(config, world),
+            shapes: shapes.clone(),
         },
-        weights,
+        zero3: Zero3 { outside: binding.outside(&own), layers: own.layers, buffers: binding.two(Slot::LayerWeights) },
+        weights: shapes,
         segment_starts: plan.choice.segment_starts.clone(),
-        checkpoints: CheckpointOffload::new(slots, plan.tokens, binding.kept()),
-        block: binding.block(eps),
+        checkpoints: CheckpointOffload::new(slots, (plan.choice.local(plan.tokens), plan.tokens), binding.kept()),
+        block: binding.block(config, ranks, (rank % ranks.sequence) as usize),
         loss: TiledLoss { work: loss_work, eps },
         x: binding.tensor(Slot::X),
         dy: binding.tensor(Slot::Dy),
@@ -205,13 +273,25 @@ pub fn bind<B: Backend>(b: &B, plan: &Plan, config: &ModelConfig, spill: &Path) 
     };
     let scalars = optim::Scalars { sum_squares: scalars.rows(2, 3), scale: scalars.rows(3, 4) };
     let optimizer = binding.optimizer();
-    Ok(Bound { model, weights: weights_flat, grads: grads_flat, optimizer, groups, scalars })
+    Ok(Bound { model, weights, grads, share, named, optimizer, groups, scalars })
+}
+
+/// What the rank owns, in runs that are updated alike.
+fn groups(named: &[Named], share: &Share) -> Vec<optim::Group> {
+    let of = |parameter: &Named| {
+        let decayed = parameter.shape.len() > 1;
+        let range = parameter.first..parameter.first + parameter.elements();
+        let group =
+            move |part: Part| optim::Group { start: part.at, elements: part.n, first_index: part.first, decayed };
+        share.of(range).map(group).collect::<Vec<_>>()
+    };
+    optim::joined(named.iter().flat_map(of))
 }
 
 /// A file nobody else can reach: its name is gone before the first byte, so it vanishes with the process.
-fn spill_file(folder: &Path) -> Result<File> {
+fn spill_file(folder: &Path, rank: u64) -> Result<File> {
     std::fs::create_dir_all(folder).map_err(Error::file(folder))?;
-    let path = folder.join(format!("layer-inputs-{}", std::process::id()));
+    let path = folder.join(format!("layer-inputs-{}-{rank}", std::process::id()));
     let file =
         File::options().read(true).write(true).create(true).truncate(true).open(&path).map_err(Error::file(&path))?;
     std::fs::remove_file(&path).map_err(Error::file(&path))?;

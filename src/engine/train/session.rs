@@ -9,17 +9,23 @@ use crate::{
         Error, Result,
         alst::optimizer_offload::OptimizerOffload,
         backend::{AdamW, Backend, DType, Split, Tensor},
-        model::{Batch, MemoryProof, params::Named},
+        comm::{Alone, Comm, Groups, in_turn},
+        model::{Batch, MemoryProof, Params, params::Named},
         optim,
     },
-    plan::Plan,
+    plan::{Plan, Ranks},
 };
 
-/// A backend with a model and its optimizer state in its arena.
+/// A rank: a backend with its part of a model and of the optimizer's state in its arenas, and the groups it trains in.
 #[derive(Debug)]
-pub struct Session<B> {
+pub struct Session<B, C = Alone> {
     pub backend: B,
+    pub groups: Groups<C>,
     bound: Bound,
+    /// Ranks that share a sequence.
+    n_sequence_ranks: u64,
+    /// Labels that the last step or evaluation counted, over all ranks.
+    valid_labels: u64,
 }
 
 /// What one optimizer step, or an evaluation, came to.
@@ -52,16 +58,46 @@ fn valid_labels(batch: &Batch) -> u64 {
 }
 
 impl<B: Backend> Session<B> {
-    /// Takes the arenas that the plan describes and lays the model over them. Weights are whatever the memory held; moments
-    /// are zero.
-    pub fn new(mut backend: B, plan: &Plan, config: &ModelConfig, spill: &Path) -> Result<Self> {
+    /// Takes the arenas that the plan for one rank describes and lays the model over them. Weights are whatever the memory held;
+    /// moments are zero.
+    pub fn new(backend: B, plan: &Plan, config: &ModelConfig, spill: &Path) -> Result<Self> {
+        Self::among(backend, Groups::alone(), plan, config, spill)
+    }
+
+    /// Every weight under its Hugging Face name.
+    pub fn weights(&self) -> Vec<Named> {
+        let whole = |parameter: &Named| {
+            let mut places = self.owned(parameter, self.bound.weights).into_iter();
+            let (_, place) = places.next().expect("the only rank owns every parameter");
+            let (rows, cols) = (parameter.tensor.rows, parameter.tensor.cols);
+            Named { tensor: place.shaped(rows, cols), ..parameter.clone() }
+        };
+        self.bound.named.iter().map(whole).collect()
+    }
+
+    /// Every gradient under its parameter's name, as the last backward left them (before the update, unscaled).
+    pub fn grads(&self) -> Vec<Named> {
+        Params::over(self.config(), self.bound.grads).named(self.config())
+    }
+}
+
+impl<B: Backend, C: Comm<B>> Session<B, C> {
+    /// Takes the arenas that the plan describes for each rank and lays this rank's part of the model over them. Weights are
+    /// whatever the memory held; moments are zero.
+    ///
+    /// # Panics
+    /// When there are not as many ranks as the plan has.
+    pub fn among(mut backend: B, groups: Groups<C>, plan: &Plan, config: &ModelConfig, spill: &Path) -> Result<Self> {
+        let Ranks { sequence, .. } = plan.choice.ranks;
+        let (rank, n_ranks) = (groups.world.rank() as u64, groups.world.n_ranks() as u64);
+        assert_eq!(n_ranks, plan.choice.ranks.world(), "ranks of the plan");
         backend.reserve(plan.layout.bytes, plan.layout.host_bytes)?;
-        let bound = bind(&backend, plan, config, spill)?;
+        let bound = bind(&backend, plan, rank, config, spill)?;
         for moment in [bound.optimizer.m, bound.optimizer.v] {
             backend.fill(moment.host, 0.0)?;
             backend.fill(moment.device, 0.0)?;
         }
-        Ok(Self { backend, bound })
+        Ok(Self { backend, groups, bound, n_sequence_ranks: sequence, valid_labels: 0 })
     }
 
     /// The model's config.
@@ -69,14 +105,23 @@ impl<B: Backend> Session<B> {
         &self.bound.model.config
     }
 
-    /// Every weight under its Hugging Face name.
-    pub fn weights(&self) -> Vec<Named> {
-        self.bound.model.weights.named(&self.bound.model.config)
+    /// Every parameter of the model; its tensor is not where it lives.
+    pub fn parameters(&self) -> &[Named] {
+        &self.bound.named
     }
 
-    /// Every gradient under its parameter's name, as the last backward left them (before the update, unscaled).
-    pub fn grads(&self) -> Vec<Named> {
-        self.bound.model.grads.kept.named(&self.bound.model.config)
+    /// What this rank owns of a parameter, in `flat`, which is the rank's weights or a part of its state: the first element's
+    /// index in the parameter, and a column of elements, piece by piece.
+    pub fn owned(&self, parameter: &Named, flat: Split) -> Vec<(u64, Tensor)> {
+        let range = parameter.first..parameter.first + parameter.elements();
+        let pieces = self.bound.share.of(range).flat_map(|part| {
+            let mut first = part.first - parameter.first;
+            flat.rows(part.at, part.at + part.n).map(move |place| {
+                first += place.rows;
+                (first - place.rows, place)
+            })
+        });
+        pieces.collect()
     }
 
     /// From here on steps prove only that they fit.
@@ -84,9 +129,15 @@ impl<B: Backend> Session<B> {
         self.bound.model.memory_proof = Some(proof);
     }
 
-    /// All weights, a row a parameter.
+    /// The rank's weights, a row a parameter.
     pub fn flat_weights(&self) -> Split {
         self.bound.weights
+    }
+
+    /// The rank's gradients, likewise.
+    pub fn flat_grads(&self) -> Split {
+        let grads = self.bound.grads;
+        Split::resident(grads.shaped(grads.elements(), 1))
     }
 
     /// Moments and low halves, a row a parameter: with the weights what a resumed run needs back, bit for bit.
@@ -99,55 +150,73 @@ impl<B: Backend> Session<B> {
         self.bound.model.prepare(&mut self.backend, documents)
     }
 
-    /// One optimizer step over these sequences: gradients of all of them, clipping, AdamW.
+    /// One optimizer step over these sequences, and those of other replicas: gradients of all of them, clipping, AdamW.
     pub fn step(&mut self, batches: &[Batch], hyper: &AdamW, max_norm: f64) -> Result<Totals> {
         self.gradients(batches)?;
-        let Bound { weights, grads, optimizer, groups, scalars, .. } = &self.bound;
-        optim::clip(&mut self.backend, *grads, *scalars, max_norm)?;
+        let scalars = self.bound.scalars;
+        optim::sum_squares(&mut self.backend, self.bound.grads, scalars)?;
+        self.sum_over_ranks(scalars.sum_squares)?;
+        optim::clip(&mut self.backend, scalars, max_norm)?;
+        let Bound { weights, grads, optimizer, groups, .. } = &self.bound;
         optimizer.update(&mut self.backend, (*weights, *grads), groups, scalars.scale, hyper)?;
-        let sum_squares = self.read(self.bound.scalars.sum_squares)?;
-        let totals = self.totals(batches)?;
+        let sum_squares = self.read(scalars.sum_squares)?;
+        let totals = self.totals()?;
         Ok(Totals { grad_norm: sum_squares[0].sqrt(), ..totals })
     }
 
-    /// Gradients of the mean loss over all valid labels of these sequences, left in [`Self::grads`].
+    /// Gradients of the mean loss over all valid labels of these sequences and those of other replicas, which must be as many.
     pub fn gradients(&mut self, batches: &[Batch]) -> Result {
         // Counted over the whole step before the first sequence: every label weighs the same, whichever sequence has it.
-        let valid: u64 = batches.iter().map(valid_labels).sum();
-        if self.bound.model.grads.sums.is_none() {
+        self.count(batches.iter().map(valid_labels).sum())?;
+        if self.bound.grads.dtype == self.backend.wide() {
             self.backend.fill(self.bound.grads, 0.0)?;
         } else {
             assert!(batches.len() < 2, "gradients of several sequences add up in the wide type");
         }
         self.backend.fill(self.bound.model.sums, 0.0)?;
+        let scale = 1.0 / self.valid_labels.max(1) as f64;
         for batch in batches {
-            self.bound.model.forward_backward(&mut self.backend, *batch, 1.0 / valid.max(1) as f64)?;
+            self.bound.model.forward_backward((&mut self.backend, &mut self.groups), *batch, scale)?;
         }
-        Ok(())
+        self.sum_over_ranks(self.bound.model.sums)
     }
 
-    /// Loss over these sequences, without gradients.
+    /// Loss over these sequences and those of other replicas, which must be as many, without gradients.
     pub fn evaluate<'a>(&mut self, batches: impl IntoIterator<Item = Batch<'a>>) -> Result<Totals> {
         self.backend.fill(self.bound.model.sums, 0.0)?;
         let mut valid = 0;
         for batch in batches {
             valid += valid_labels(&batch);
-            self.bound.model.evaluate(&mut self.backend, batch)?;
+            self.bound.model.evaluate((&mut self.backend, &mut self.groups), batch)?;
         }
-        let sums = self.read(self.bound.model.sums)?;
-        Ok(Totals { loss: sums[0], correct: sums[1], valid_labels: valid, grad_norm: 0.0 })
+        self.count(valid)?;
+        self.sum_over_ranks(self.bound.model.sums)?;
+        self.totals()
     }
 
-    /// Sums of the last [`Self::gradients`] or [`Self::step`].
-    pub fn totals(&mut self, batches: &[Batch]) -> Result<Totals> {
+    /// Sums of the last [`Self::gradients`], [`Self::step`] or [`Self::evaluate`].
+    pub fn totals(&mut self) -> Result<Totals> {
         let sums = self.read(self.bound.model.sums)?;
-        let valid_labels = batches.iter().map(valid_labels).sum();
-        Ok(Totals { loss: sums[0], correct: sums[1], valid_labels, grad_norm: 0.0 })
+        Ok(Totals { loss: sums[0], correct: sums[1], valid_labels: self.valid_labels, grad_norm: 0.0 })
+    }
+
+    /// Adds this replica's valid labels to those of the others.
+    fn count(&mut self, valid: u64) -> Result {
+        let mut counts = [valid];
+        self.groups.world.all_reduce_counts(&mut counts)?;
+        // All ranks of a sequence counted the same labels.
+        self.valid_labels = counts[0] / self.n_sequence_ranks;
+        Ok(())
+    }
+
+    fn sum_over_ranks(&mut self, sums: Tensor) -> Result {
+        in_turn(&mut self.backend, |b| self.groups.world.all_reduce(b, sums))
     }
 
     /// A small wide tensor's values on the host; waits for the device.
     fn read(&mut self, from: Tensor) -> Result<Vec<f64>> {
         self.backend.synchronize()?;
+        self.groups.world.check()?;
         let mut bytes = vec![0; from.bytes() as usize];
         self.backend.download(from, &mut bytes)?;
         match from.dtype {

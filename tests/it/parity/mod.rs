@@ -6,6 +6,7 @@ mod chunks;
 mod gradients;
 mod optimizer_offload;
 pub mod plans;
+mod ranks;
 mod tiled_loss;
 mod tiled_mlp;
 mod zero3;

@@ -5,6 +5,7 @@
 pub mod database;
 pub mod form;
 pub mod model;
+pub mod ranks;
 pub mod rows;
 pub mod sandbox;
 pub mod server;

@@ -31,6 +31,7 @@ pub fn machine(bytes: u64) -> Machine {
             attention_flops: 1e11,
             memory_bytes: 2e10,
             link_bytes: 1e10,
+            peer_bytes: 1e10,
             disk_bytes: 1e9,
             source: "assumed".into(),
         },
@@ -169,7 +170,7 @@ impl Tokens {
 /// Loss and every gradient of these batches, by name.
 pub fn gradients<B: Backend>(session: &mut Session<B>, batches: &[Batch]) -> (f64, Vec<(String, Vec<f64>)>) {
     session.gradients(batches).expect("forward and backward");
-    let loss = session.totals(batches).expect("totals").mean_loss();
+    let loss = session.totals().expect("totals").mean_loss();
     let grads = session.grads();
     let values = grads.into_iter().map(|Named { name, tensor, .. }| (name, read(&mut session.backend, tensor)));
     (loss, values.collect())

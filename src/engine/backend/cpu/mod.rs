@@ -6,6 +6,7 @@
 
 pub mod adamw;
 mod attention;
+mod columns;
 mod cross_entropy;
 pub mod element;
 mod elementwise;
@@ -225,6 +226,37 @@ where
             (true, false) => elementwise::accumulate(typed::<S::Wide>(t, to), typed::<S::Wide>(f, from)),
             (false, true) => elementwise::accumulate(typed::<S>(t, to), typed::<S>(f, from)),
             (false, false) => elementwise::accumulate(typed::<S>(t, to), typed::<S::Wide>(f, from)),
+        })
+    }
+
+    fn copy_columns(&mut self, to: (Tensor, u64), from: (Tensor, u64), columns: u64) -> Result {
+        assert_eq!((to.0.dtype, to.0.rows), (from.0.dtype, from.0.rows), "columns of matrices of one type and height");
+        let bytes = |(tensor, column): (Tensor, u64)| {
+            let [cols, column] = [tensor.cols, column].map(|elements| size(elements * tensor.dtype.bytes()));
+            (cols, column)
+        };
+        let ((to_cols, to_first), (from_cols, from_first)) = (bytes(to), bytes(from));
+        let width = size(columns * to.0.dtype.bytes());
+        if width == 0 {
+            return Ok(());
+        }
+        self.run([to.0, from.0], |[to, from]| {
+            let (to, from) = ((to, to_cols, to_first), (&*from, from_cols, from_first));
+            columns::by_row(to, from, width, |to, from| to.copy_from_slice(from));
+        })
+    }
+
+    fn add_columns(&mut self, to: (Tensor, u64), from: (Tensor, u64), columns: u64) -> Result {
+        assert_eq!(to.0.rows, from.0.rows, "columns of matrices of one height");
+        if columns == 0 {
+            return Ok(());
+        }
+        self.run([to.0, from.0], |[to_bytes, from_bytes]| {
+            let to = (typed::<S::Wide>(to_bytes, to.0), size(to.0.cols), size(to.1));
+            let from = (&*typed::<S::Wide>(from_bytes, from.0), size(from.0.cols), size(from.1));
+            columns::by_row(to, from, size(columns), |to, from| {
+                to.iter_mut().zip(from).for_each(|(to, from)| *to += *from)
+            });
         })
     }
 

@@ -19,6 +19,7 @@ const FATBINS: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/fatbins.rs
 pub const KERNELS: &[(&str, &[&str])] = &[
     ("adamw", &["adamw_split_4", "adamw_split_1", "adamw_wide_4", "adamw_wide_1"]),
     ("attention", &["attention_accumulate"]),
+    ("columns", &["copy_columns_16", "copy_columns_2", "add_columns_4", "add_columns_1"]),
     ("cross_entropy", &["cross_entropy_8", "cross_entropy_1", "cross_entropy_sums"]),
     (
         "elementwise",

@@ -5,6 +5,7 @@
 //! operation allocates nothing and waits for nothing. One process drives one GPU from one thread.
 
 mod attention;
+mod columns;
 mod cudnn;
 mod device;
 mod elementwise;
@@ -200,6 +201,14 @@ impl Backend for Cuda {
 
     fn accumulate(&mut self, to: Tensor, from: Tensor) -> Result {
         self.marked(Part::Move, |cuda| cuda.accumulate(to, from))
+    }
+
+    fn copy_columns(&mut self, to: (Tensor, u64), from: (Tensor, u64), columns: u64) -> Result {
+        self.marked(Part::Move, |cuda| cuda.copy_columns(to, from, columns))
+    }
+
+    fn add_columns(&mut self, to: (Tensor, u64), from: (Tensor, u64), columns: u64) -> Result {
+        self.marked(Part::Move, |cuda| cuda.add_columns(to, from, columns))
     }
 
     fn sum_squares(&mut self, sum: Tensor, x: Tensor) -> Result {
