@@ -9,6 +9,7 @@ mod frame;
 mod handshake;
 mod host;
 mod inbox;
+pub mod nccl;
 mod outbox;
 pub mod rendezvous;
 mod sum;
