@@ -21,7 +21,7 @@ use super::{NO_HANG, collectives, lost, nccl, tcp::meeting};
 /// What a rank is told: its number, how many there are, where rank 0 listens ("" for rank 0 itself), what to do.
 const RANK: &str = "LONGHAUL_TEST_COMM_RANK";
 /// Patience in these tests: short, so that they are; long enough for a machine that is busy.
-const HEARTBEAT: Heartbeat = Heartbeat { interval: Duration::from_millis(200), patience: Duration::from_secs(3) };
+const HEARTBEAT: Heartbeat = Heartbeat { interval: Duration::from_millis(200), patience: Duration::from_secs(5) };
 
 /// A process that is a rank, and what it says.
 pub struct Rank {
@@ -101,8 +101,9 @@ fn rank() {
             let digest = Sha256::digest(collectives::body(comm));
             say(&format!("received {}", digest.iter().map(|byte| format!("{byte:02x}")).collect::<String>()));
         }
-        "until-lost" => {
-            let (rank, message) = lost::<()>(Err(work_until_lost(comm)));
+        "until-lost" | "large-until-lost" => {
+            let n_counts = if work == "until-lost" { 1000 } else { LARGE };
+            let (rank, message) = lost::<()>(Err(until_lost(comm, n_counts)));
             say(&format!("lost {rank} {message}"));
         }
         "nccl" => nccl::collectives(comm),
@@ -114,12 +115,15 @@ fn rank() {
     }
 }
 
-fn work_until_lost(mut comm: HostComm<Tcp>) -> Error {
+/// More than the buffers of a connection hold: what is sent to a process that is stopped gets stuck half way.
+const LARGE: usize = 2 << 20;
+
+fn until_lost(mut comm: HostComm<Tcp>, n_counts: usize) -> Error {
     for n in 0u64.. {
-        if let Err(error) = comm.all_reduce_counts(&mut [n; 1000]) {
+        if let Err(error) = comm.all_reduce_counts(&mut vec![n; n_counts]) {
             return error;
         }
-        if n == 10 {
+        if n == 3 {
             say("working");
         }
     }
@@ -133,8 +137,8 @@ fn every_collective_is_its_definition_and_repeats() {
 }
 
 /// Four ranks work; one is sent the signal; what the other three say is lost.
-fn without(victim: usize, signal: Signal) -> (Vec<Rank>, Vec<String>) {
-    let ranks = start(4, "until-lost");
+fn without(victim: usize, signal: Signal, work: &str) -> (Vec<Rank>, Vec<String>) {
+    let ranks = start(4, work);
     ranks.iter().for_each(|rank| drop(rank.says("working")));
     ranks[victim].send(signal);
     let others = ranks.iter().enumerate().filter(|(rank, _)| *rank != victim);
@@ -145,7 +149,7 @@ fn without(victim: usize, signal: Signal) -> (Vec<Rank>, Vec<String>) {
 #[test]
 fn a_killed_process_is_named_by_the_others() {
     for victim in [2, 0] {
-        let (_ranks, seen) = without(victim, Signal::KILL);
+        let (_ranks, seen) = without(victim, Signal::KILL, "until-lost");
         for message in seen {
             let start = format!("{victim} rank {victim} at 127.0.0.1:");
             assert!(message.starts_with(&start) && message.contains("closed its connection"), "{message}");
@@ -155,12 +159,25 @@ fn a_killed_process_is_named_by_the_others() {
 
 #[test]
 fn a_stopped_process_is_named_by_the_others() {
-    let (ranks, seen) = without(1, Signal::STOP);
+    let (ranks, seen) = without(1, Signal::STOP, "until-lost");
     for message in seen {
-        assert!(message.starts_with("1 rank 1 at 127.0.0.1:") && message.contains("silent for 3s"), "{message}");
+        assert!(message.starts_with("1 rank 1 at 127.0.0.1:") && message.contains("silent for 5s"), "{message}");
     }
     // It learns the same when it goes on.
     ranks[1].send(Signal::CONT);
     let message = ranks[1].says("lost");
     assert!(message.starts_with("1 rank 1 (this one) has been silent"), "{message}");
+}
+
+#[test]
+fn a_process_that_is_stopped_in_the_middle_of_a_message_is_named_by_the_others() {
+    let (mut ranks, seen) = without(3, Signal::STOP, "large-until-lost");
+    for message in seen {
+        assert!(message.starts_with("3 rank 3 at 127.0.0.1:") && message.contains("silent for 5s"), "{message}");
+    }
+    // Nor do they wait for it when they end.
+    for rank in &mut ranks[..3] {
+        while rank.lines.recv_timeout(NO_HANG).is_ok() {}
+        assert!(rank.process.wait().unwrap().success());
+    }
 }
