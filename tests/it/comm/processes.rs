@@ -4,7 +4,10 @@ use std::{
     io::{BufRead, BufReader, Write},
     net::TcpListener,
     process::{Child, Command, Stdio},
-    sync::mpsc::{self, Receiver},
+    sync::{
+        Arc,
+        mpsc::{self, Receiver},
+    },
     thread,
     time::Duration,
 };
@@ -17,6 +20,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use sha2::{Digest, Sha256};
 
 use super::{NO_HANG, collectives, lost, nccl, tcp::meeting};
+use crate::support::Sandbox;
 
 /// What a rank is told: its number, how many there are, where rank 0 listens ("" for rank 0 itself), what to do.
 const RANK: &str = "LONGHAUL_TEST_COMM_RANK";
@@ -27,20 +31,23 @@ const HEARTBEAT: Heartbeat = Heartbeat { interval: Duration::from_millis(200), p
 pub struct Rank {
     process: Child,
     lines: Receiver<String>,
+    /// Where it works, so that it ends with the test even if it is stopped and the test is killed.
+    _sandbox: Arc<Sandbox>,
 }
 
 impl Rank {
-    fn start(rank: usize, n_ranks: usize, address: &str, work: &str) -> Self {
+    fn start(sandbox: &Arc<Sandbox>, rank: usize, n_ranks: usize, address: &str, work: &str) -> Self {
         let mut process = Command::new(std::env::current_exe().unwrap())
             .args(["comm::processes::rank", "--exact", "--ignored", "--nocapture"])
             .env(RANK, format!("{rank} {n_ranks} {work} {address}"))
+            .current_dir(sandbox.path())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap();
         let (tell, lines) = mpsc::channel();
         let stdout = BufReader::new(process.stdout.take().unwrap());
         thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| tell.send(line)));
-        Self { process, lines }
+        Self { process, lines, _sandbox: Arc::clone(sandbox) }
     }
 
     /// The rest of the next line that begins so.
@@ -68,9 +75,10 @@ impl Drop for Rank {
 
 /// A world of processes that do this.
 pub fn start(n_ranks: usize, work: &str) -> Vec<Rank> {
-    let mut ranks = vec![Rank::start(0, n_ranks, "", work)];
+    let sandbox = Arc::new(Sandbox::new("ranks"));
+    let mut ranks = vec![Rank::start(&sandbox, 0, n_ranks, "", work)];
     let address = ranks[0].says("address");
-    ranks.extend((1..n_ranks).map(|rank| Rank::start(rank, n_ranks, &address, work)));
+    ranks.extend((1..n_ranks).map(|rank| Rank::start(&sandbox, rank, n_ranks, &address, work)));
     ranks
 }
 
