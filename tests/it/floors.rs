@@ -54,7 +54,7 @@ const UNSAFE: &[(&str, &str)] = &[
     ("src/engine/backend/cuda/kernels.rs", "launches of our own kernels"),
     ("src/engine/backend/cuda/libraries.rs", "loads NVIDIA's libraries"),
     ("src/engine/backend/cuda/pinned.rs", "host memory is mapped, touched and handed to the driver by address"),
-    ("src/engine/comm/nccl.rs", "calls into NCCL"),
+    ("src/engine/comm/nccl/library.rs", "calls into NCCL, which takes handles and device memory by address"),
     ("src/engine/file_map.rs", "memory maps of weight and token files"),
 ];
 /// Files that may read the environment.
@@ -365,7 +365,7 @@ fn imports_that_go_up_are_caught() {
         imports,
         "src/engine/layers/mod.rs",
         "pub use crate::engine::model as m;",
-        "mod mlp; use mlp::Mlp; use crate::engine::Result;",
+        "mod mlp; use mlp::Mlp; use crate::engine::Result; pub(in crate::engine) fn f() {}",
     );
     catches(imports, "src/engine/alst/a.rs", "use super::tiled_mlp::TiledMlp;", "use super::Settings;");
     assert_eq!(imports(&File::new("src/invented.rs", "")).len(), 1, "a module on no floor");

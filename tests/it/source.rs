@@ -144,7 +144,9 @@ pub fn paths(tokens: &[Token], module: &[&str]) -> Vec<Vec<String>> {
         let in_use = token.word() == Some("use") && at + 1 < tokens.len();
         let begins = token.word().is_some() && tokens.get(at + 1) == Some(&Token::Separator);
         let continues = at > 0 && tokens[at - 1] == Token::Separator;
-        if !(in_use || begins && !continues) {
+        // pub(in crate::a) says how far up a name is seen and imports nothing.
+        let bounds = at > 2 && tokens[at - 1].word() == Some("in") && tokens[at - 3].word() == Some("pub");
+        if !(in_use || begins && !continues) || bounds {
             at += 1;
             continue;
         }

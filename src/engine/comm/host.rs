@@ -86,6 +86,10 @@ impl<T: Transport> HostComm<T> {
         (0..self.n_ranks()).map(|from| if from == self.rank { Ok(Arc::clone(&own)) } else { self.take(from) }).collect()
     }
 
+    pub(super) fn transport(&self) -> &T {
+        &self.transport
+    }
+
     /// The other ranks, from the next one round: not everyone sends to rank 0 first.
     fn others(&self) -> impl Iterator<Item = usize> + use<T> {
         let (rank, n) = (self.rank, self.n_ranks());

@@ -35,6 +35,16 @@ pub(super) enum Refused {
     Left,
 }
 
+/// Who is gone.
+#[derive(Debug)]
+pub(super) enum Departure {
+    /// This rank itself.
+    Own,
+    Lost(Lost),
+    /// A rank that went in good order.
+    Left(usize),
+}
+
 impl Inbox {
     /// An empty one for messages of `n_ranks` senders.
     pub(super) fn new(n_ranks: usize) -> Self {
@@ -62,14 +72,15 @@ impl Inbox {
         self.change(|state| state.left[rank] = true);
     }
 
-    /// Records that a rank is lost, unless one was before. True when this was the first.
-    pub(super) fn lose(&self, lost: Lost) -> bool {
-        let mut first = false;
+    /// Records that a rank is lost, unless one was before. Runs `tell` for the first, before anyone who waits here hears of it:
+    /// once they do, this rank may leave.
+    pub(super) fn lose(&self, lost: Lost, tell: impl FnOnce()) {
         self.change(|state| {
-            first = state.lost.is_none();
-            state.lost.get_or_insert(lost);
+            if state.lost.is_none() {
+                tell();
+                state.lost = Some(lost);
+            }
         });
-        first
     }
 
     /// Records that this rank leaves.
@@ -102,6 +113,24 @@ impl Inbox {
     /// Waits until this rank leaves, so long at most; true when it does.
     pub(super) fn wait_until_closed(&self, patience: Duration) -> bool {
         self.wait(Some(patience), |state| state.closed.then_some(())).is_some()
+    }
+
+    /// Waits until another rank is gone or this one leaves.
+    pub(super) fn wait_for_departure(&self) -> Departure {
+        let departure = self.wait(None, |state| {
+            let left = || state.left.iter().position(|left| *left).map(Departure::Left);
+            let closed = state.closed.then_some(Departure::Own);
+            closed.or_else(|| state.lost.clone().map(Departure::Lost)).or_else(left)
+        });
+        departure.expect("a wait without end ends with an answer")
+    }
+
+    /// The rank that was lost, if one is within this time or before this rank leaves.
+    pub(super) fn wait_for_loss(&self, patience: Duration) -> Option<Lost> {
+        self.wait(Some(patience), |state| {
+            let lost = state.lost.clone();
+            (state.closed || lost.is_some()).then_some(lost)
+        })?
     }
 
     /// Waits until `ready` has an answer; `None` when patience ends first.

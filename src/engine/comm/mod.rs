@@ -10,6 +10,7 @@ mod groups;
 mod handshake;
 mod host;
 mod inbox;
+pub mod nccl;
 mod outbox;
 pub mod rendezvous;
 mod sum;

@@ -18,7 +18,7 @@ use std::{
 use super::{
     Lost, Message, Transport,
     frame::{self, Frame, MOST_MESSAGE_BYTES},
-    inbox::{Inbox, Refused},
+    inbox::{Departure, Inbox, Refused},
     outbox::Outbox,
 };
 use crate::engine::error::{Error, Result};
@@ -55,6 +55,10 @@ struct World {
     heartbeat: Heartbeat,
 }
 
+/// A view of a world's losses that does not keep this rank in it.
+#[derive(Debug, Clone)]
+pub(super) struct Watch(Arc<World>);
+
 /// A rank on the other end of a connection.
 #[derive(Debug)]
 struct Peer {
@@ -73,6 +77,8 @@ pub(super) struct Connection {
     pub(super) name: String,
 }
 
+/// What is said of a rank that left in good order, to one that still needs it.
+const LEFT_EARLY: &str = "ended before the others were done";
 /// How long a rank that knows of a loss waits for the others to hear of it before it closes its connections.
 const FAREWELL: Duration = Duration::from_secs(1);
 /// Bytes gathered before they are sent.
@@ -103,8 +109,35 @@ impl Tcp {
         Ok(())
     }
 
+    /// For whoever waits for a rank other than by receiving from it.
+    pub(super) fn watch(&self) -> Watch {
+        Watch(Arc::clone(&self.world))
+    }
+
     fn left_early(&self, rank: usize) -> Error {
-        self.give_up(rank, "ended before the others were done".into())
+        self.give_up(rank, LEFT_EARLY.into())
+    }
+}
+
+impl Watch {
+    /// Waits for the first loss. A rank that left in good order counts as lost when this one has not left as well after
+    /// the time that a rank may be silent. `None` when this rank leaves.
+    pub(super) fn wait(&self) -> Option<Lost> {
+        let Watch(world) = self;
+        match world.inbox.wait_for_departure() {
+            Departure::Own => None,
+            Departure::Lost(lost) => Some(lost),
+            Departure::Left(rank) => {
+                let lost = self.soon(world.heartbeat.patience);
+                let left = || Lost { rank, peer: world.name(rank), cause: LEFT_EARLY.into() };
+                lost.or_else(|| (!world.inbox.is_closed()).then(left))
+            }
+        }
+    }
+
+    /// The loss that is known within this time, if one is.
+    pub(super) fn soon(&self, patience: Duration) -> Option<Lost> {
+        self.0.inbox.wait_for_loss(patience)
     }
 }
 
@@ -123,11 +156,11 @@ impl World {
 
     /// Records a loss. The first one is told to everyone.
     fn lose(&self, rank: usize, cause: &str) {
-        if self.inbox.lose(Lost { rank, peer: self.name(rank), cause: cause.into() }) {
+        self.inbox.lose(Lost { rank, peer: self.name(rank), cause: cause.into() }, || {
             for (_, peer) in self.others() {
                 peer.outbox.put(Frame::Lost { rank: rank as u32, cause: cause.into() });
             }
-        }
+        });
     }
 
     /// Takes in what a peer sends until it leaves or is lost.

@@ -31,7 +31,7 @@ impl Threads {
     fn lose(&self, rank: usize, cause: String) {
         let lost = Lost { rank, peer: format!("rank {rank}"), cause };
         for inbox in &*self.inboxes {
-            inbox.lose(lost.clone());
+            inbox.lose(lost.clone(), || ());
         }
     }
 
@@ -79,6 +79,10 @@ impl Drop for Threads {
     fn drop(&mut self) {
         if thread::panicking() {
             self.lose(self.rank, "panicked".into());
+        }
+        // Whoever goes because of a loss is no loss itself: the others may just be about to hear of the first.
+        if self.own().lost().is_some() {
+            return;
         }
         for inbox in &*self.inboxes {
             inbox.leave(self.rank);

@@ -106,18 +106,24 @@ const FLOATS: [DType; 3] = [DType::F32, DType::F64, DType::Bf16];
 const ALL: [DType; 5] = [DType::F32, DType::F64, DType::Bf16, DType::I32, DType::U16];
 const SIZES: [u64; 4] = [0, 1, 37, 1003];
 
-/// Every collective of the world and of groups of it. Answers every byte received, for comparing ranks and runs.
-pub fn body<T: Transport>(mut comm: HostComm<T>) -> Vec<u8> {
-    let mut received = every(&mut Bench::new(Cpu::<f64>::new(1).unwrap()), &mut comm, 0);
+/// Every collective of a world of host transports, and of groups of it.
+pub fn body<T: Transport>(comm: HostComm<T>) -> Vec<u8> {
+    body_on(Cpu::<f32>::new(1).unwrap(), comm)
+}
+
+/// Every collective of a world and of groups of it. Answers every byte received, for comparing ranks and runs.
+pub fn body_on<B: Backend, C: Comm<B>>(b: B, mut comm: C) -> Vec<u8> {
+    let bench = &mut Bench::new(b);
+    let mut received = every(bench, &mut comm, 0);
     let (rank, n) = (comm.rank(), comm.n_ranks());
     // Rows and columns of a grid two wide, each ranked backwards in one of them.
     let mut row = comm.split(rank as u64 / 2, rank as u64).unwrap();
     let mut column = comm.split(rank as u64 % 2, u64::MAX - rank as u64).unwrap();
     assert_eq!((row.rank(), row.n_ranks()), (rank % 2, if rank == n - 1 { rank % 2 + 1 } else { 2 }));
     assert_eq!(column.rank(), (n - 1 - rank) / 2);
-    received.extend(every(&mut Bench::new(Cpu::<bf16>::new(1).unwrap()), &mut row, 1000 * (rank as u64 / 2 + 1)));
-    received.extend(every(&mut Bench::new(Cpu::<f32>::new(1).unwrap()), &mut column, 9000 * (rank as u64 % 2 + 1)));
-    received.extend(every(&mut Bench::new(Cpu::<f32>::new(1).unwrap()), &mut comm, 7));
+    received.extend(every(bench, &mut row, 1000 * (rank as u64 / 2 + 1)));
+    received.extend(every(bench, &mut column, 9000 * (rank as u64 % 2 + 1)));
+    received.extend(every(bench, &mut comm, 7));
     received
 }
 

@@ -29,7 +29,7 @@ struct Block {
 /// A GPU. Everything on it is queued: operations on the compute stream, copies where the caller says.
 #[derive(Debug)]
 pub struct Device {
-    pub(super) context: Arc<CudaContext>,
+    pub(in crate::engine) context: Arc<CudaContext>,
     compute: Arc<CudaStream>,
     down: Arc<CudaStream>,
     up: Arc<CudaStream>,
@@ -150,6 +150,11 @@ impl Device {
         self.compute.cu_stream()
     }
 
+    /// The stream of collectives, as NCCL takes it.
+    pub(in crate::engine) fn comm_stream(&self) -> sys::CUstream {
+        self.comm.cu_stream()
+    }
+
     fn stream(&self, stream: Stream) -> &Arc<CudaStream> {
         match stream {
             Stream::Compute => &self.compute,
@@ -163,7 +168,7 @@ impl Device {
     ///
     /// # Panics
     /// When it leaves its arena: a bug in the caller's layout.
-    pub(super) fn address(&self, tensor: Tensor) -> u64 {
+    pub(in crate::engine) fn address(&self, tensor: Tensor) -> u64 {
         let arena = match tensor.space {
             Space::Device => self.memory,
             Space::Host => self.host,

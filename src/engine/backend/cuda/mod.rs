@@ -12,7 +12,7 @@ mod elementwise;
 mod embedding;
 mod gemm;
 pub mod kernels;
-mod libraries;
+pub(in crate::engine) mod libraries;
 mod linear;
 mod operations;
 mod optimizer;
