@@ -51,7 +51,7 @@ fn head_bytes(model: &ModelConfig, widths: Widths, choice: &Choice, layer: u64) 
     // Keys go to every rank that shares them.
     let kv = choice.ranks.sequence * shards::head_columns(model, choice.ranks).1;
     let (kept_attention, kept_qkv) = (layer < choice.kept_attention_layers, layer < choice.kept_qkv_layers);
-    let again = if cost::rerun(choice, model.n_layers, layer) { 1 } else { 0 };
+    let again = u64::from(cost::rerun(choice, model.n_layers, layer));
     let keys = 1 + u64::from(!kept_qkv) + if kept_qkv || kept_attention { 0 } else { again };
     let queries = 1 + u64::from(!kept_qkv) + if kept_qkv || kept_attention { 0 } else { again };
     // Outputs come back in every forward and backward; do goes and dq comes, as do dk and dv in the wide type.

@@ -255,7 +255,7 @@ where
             let to = (typed::<S::Wide>(to_bytes, to.0), size(to.0.cols), size(to.1));
             let from = (&*typed::<S::Wide>(from_bytes, from.0), size(from.0.cols), size(from.1));
             columns::by_row(to, from, size(columns), |to, from| {
-                to.iter_mut().zip(from).for_each(|(to, from)| *to += *from)
+                to.iter_mut().zip(from).for_each(|(to, from)| *to += *from);
             });
         })
     }
