@@ -17,7 +17,7 @@ mod shapes;
 mod single;
 mod workspace;
 
-use self::pieces::{Calls, backward_pieces, forward_pieces};
+use self::pieces::{Calls, Piece, backward_pieces, forward_pieces};
 pub use self::workspace::workspace_bytes;
 use super::{
     super::{AttentionGrads, AttentionSaved, DType, Heads, Tensor, Window},
@@ -68,10 +68,14 @@ impl Cuda {
         self.device.address(tensor) + (row * tensor.cols + column) * tensor.dtype.bytes()
     }
 
+    fn calls(&self, heads: Heads, window: &Window, pieces: Vec<Piece>) -> Calls {
+        if self.attention.packs() { Calls::of(heads, window, pieces) } else { Calls::all_single(pieces) }
+    }
+
     /// `Backend::prepare_attention`. Where documents are packed, for any documents in this place: no step waits for a plan.
     pub fn prepare_attention(&mut self, heads: Heads, window: &Window) -> Result {
-        let forward = Calls::of(heads, window, forward_pieces(window));
-        let backward = Calls::of(heads, window, backward_pieces(window));
+        let forward = self.calls(heads, window, forward_pieces(window));
+        let backward = self.calls(heads, window, backward_pieces(window));
         let alone = forward.packed.is_empty() && backward.packed.is_empty();
         let mut shapes = if alone { Vec::new() } else { shapes::shapes(heads, window) };
         let single = |pass, pieces: &[_], head_keys| {
@@ -101,7 +105,7 @@ impl Cuda {
         window: &Window,
     ) -> Result {
         let operands = Operands { q, k, v, o, lse };
-        let calls = Calls::of(heads, window, forward_pieces(window));
+        let calls = self.calls(heads, window, forward_pieces(window));
         self.single_forward(operands, workspace, heads, window, &calls.single)?;
         calls.packed.iter().try_for_each(|pieces| self.packed_forward(operands, workspace, heads, window, pieces))
     }
@@ -122,7 +126,7 @@ impl Cuda {
         let dq_wide = Tensor { offset: workspace.offset, dtype: DType::F32, ..dq };
         let sums = Sums { dq: dq_wide, dk, dv };
         self.device.fill_bytes(dq_wide, 0)?;
-        let calls = Calls::of(heads, window, backward_pieces(window));
+        let calls = self.calls(heads, window, backward_pieces(window));
         self.single_backward(sums, (saved, delta), workspace, heads, window, &calls.single)?;
         for pieces in &calls.packed {
             self.packed_backward(sums, saved, workspace, heads, window, pieces)?;

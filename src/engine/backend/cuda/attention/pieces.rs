@@ -71,7 +71,7 @@ pub(super) fn backward_pieces(window: &Window) -> Vec<Piece> {
 }
 
 /// True where the window lies in a document that began the sequence: its shapes are few, and each gets a plan of its own.
-pub(super) fn is_one_document(window: &Window) -> bool {
+fn is_one_document(window: &Window) -> bool {
     matches!(window.documents, [document] if document.start == 0)
 }
 
@@ -85,10 +85,14 @@ pub(super) struct Calls {
 }
 
 impl Calls {
+    pub(super) fn all_single(pieces: Vec<Piece>) -> Self {
+        Self { single: pieces, packed: Vec::new() }
+    }
+
     /// Pieces that do not fill the library's tiles stay single: of the rest of a tile it has been wrong in silence.
     pub(super) fn of(heads: Heads, window: &Window, pieces: Vec<Piece>) -> Self {
         if is_one_document(window) || !heads.head_dim.is_multiple_of(PACKED_HEAD_DIM) {
-            return Self { single: pieces, packed: Vec::new() };
+            return Self::all_single(pieces);
         }
         let (tiled, single): (Vec<Piece>, Vec<Piece>) = pieces.into_iter().partition(Piece::fills_tiles);
         let (whole, parts): (Vec<Piece>, Vec<Piece>) =

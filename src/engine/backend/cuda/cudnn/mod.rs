@@ -30,9 +30,15 @@ pub(super) enum Pass {
 /// Plans that are kept. Packed documents share a few dozen; a document alone in its sequence has shapes of its own.
 const MOST_PLANS: usize = 1024;
 
+/// The first version whose packed calls take groups of query heads. The architecture whose packed calls are right: others sum
+/// gradients elsewhere.
+const PACKS_FROM: usize = 90_600;
+const PACKS_ON: i32 = 9;
+
 /// The library and the plans made of late.
 #[derive(Debug)]
 pub(super) struct Attention {
+    packs: bool,
     plans: HashMap<(Pass, Shape), Kept>,
     /// Asked for so far; tells which plans were used of late.
     asked: u64,
@@ -48,7 +54,19 @@ struct Kept {
 impl Attention {
     /// Opens cuDNN on the device's stream.
     pub(super) fn new(device: &Device) -> Result<Self> {
-        Ok(Self { plans: HashMap::new(), asked: 0, library: Library::new(device.compute())? })
+        let library = Library::new(device.compute())?;
+        let packs = library.version() >= PACKS_FROM && device.generation()? == PACKS_ON;
+        Ok(Self { packs, plans: HashMap::new(), asked: 0, library })
+    }
+
+    /// Whether calls of many documents may be made.
+    pub(super) fn packs(&self) -> bool {
+        self.packs
+    }
+
+    /// Plans that are kept now.
+    pub(super) fn n_plans(&self) -> usize {
+        self.plans.len()
     }
 
     /// Version as a number: 91900 is 9.19.0.
