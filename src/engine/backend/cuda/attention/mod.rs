@@ -15,6 +15,8 @@ mod packed;
 mod pieces;
 mod shapes;
 mod single;
+#[cfg(test)]
+mod tests;
 mod workspace;
 
 use self::pieces::{Calls, Piece, backward_pieces, forward_pieces};
