@@ -107,8 +107,8 @@ fn hold(cases: &[Case], mut run: impl FnMut(&Case) -> [Vec<f64>; 5], mut figures
 
 #[test]
 fn packed_documents_in_bf16() {
-    // Each kind once.
-    let cases: Vec<Case> = cases().into_iter().step_by(3).collect();
+    // A few, that are short.
+    let cases: Vec<Case> = cases().into_iter().step_by(4).collect();
     hold(&cases, |case| case.run(&mut Cpu::<half::bf16>::new(2).unwrap()), |values| eprintln!("{values}"));
 }
 

@@ -27,8 +27,8 @@ pub(super) enum Pass {
     Backward,
 }
 
-/// Plans that are kept. Packed documents share a few dozen; a document alone in its sequence has shapes of its own.
-const MOST_PLANS: usize = 1024;
+/// Plans that are kept. Packed calls share a few dozen; where none are made nearly every fragment has a shape of its own.
+const MOST_PLANS: usize = 2048;
 
 /// The first version whose packed calls take groups of query heads. The architecture whose packed calls are right: others sum
 /// gradients elsewhere.
