@@ -71,7 +71,7 @@ struct Needs {
 impl Needs {
     fn of(request: &Request, choice: &Choice) -> Self {
         let layout = lay_out(request.model, request.widths(), request.tokens, choice);
-        let process = workspace::process(request.machine.device);
+        let process = workspace::process(request.machine.device, choice.ranks);
         // Of a machine with several devices each rank has its own; the host's memory and disk are theirs together.
         let world = choice.ranks.world();
         let (device_ranks, host_ranks) = match request.machine.device {
@@ -216,7 +216,7 @@ fn planned(request: &Request, choice: Choice, step_seconds: f64) -> Plan {
         ledger: layout.ledger(Arena::Device),
         host_ledger: layout.ledger(Arena::Host),
         predicted_peak_bytes: needs.device,
-        predicted_host_peak_bytes: layout.host_bytes + workspace::process(request.machine.device).host,
+        predicted_host_peak_bytes: layout.host_bytes + workspace::process(request.machine.device, choice.ranks).host,
         disk_bytes: needs.disk,
         step_seconds,
         choice,

@@ -49,11 +49,18 @@ pub struct Process {
     pub host: u64,
 }
 
+/// Measured on two cards: what NCCL takes of a device and of a process's memory for two groups of ranks.
+const NCCL_DEVICE_BYTES: u64 = 672 << 20;
+const NCCL_HOST_BYTES: u64 = 340 << 20;
+
 /// CPU: GEMM packing buffers and thread stacks. CUDA: the scratch of our own kernels and products (32 MiB), and what the
 /// driver takes to load the libraries' kernels; on the host, the libraries themselves.
-pub fn process(device: DeviceKind) -> Process {
+pub fn process(device: DeviceKind, ranks: Ranks) -> Process {
+    let (nccl, nccl_host) = if ranks.world() > 1 { (NCCL_DEVICE_BYTES, NCCL_HOST_BYTES) } else { (0, 0) };
     match device {
         DeviceKind::Cpu => Process { device: 4 << 20, host: 0 },
-        DeviceKind::Cuda => Process { device: (32 << 20) + CUDA_MODULES_BYTES, host: CUDA_HOST_BYTES },
+        DeviceKind::Cuda => {
+            Process { device: (32 << 20) + CUDA_MODULES_BYTES + nccl, host: CUDA_HOST_BYTES + nccl_host }
+        }
     }
 }

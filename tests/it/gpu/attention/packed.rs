@@ -91,6 +91,7 @@ fn long_cases() -> Vec<Case> {
 
 /// Errors of each case against the CPU's in f32, held to bounds.
 fn hold(cases: &[Case], mut run: impl FnMut(&Case) -> [Vec<f64>; 5], mut figures: impl FnMut(Value)) {
+    let mut wrong = Vec::new();
     for case in cases {
         let theirs = case.run(&mut Cpu::<f32>::new(8).unwrap());
         let ours = run(case);
@@ -100,9 +101,12 @@ fn hold(cases: &[Case], mut run: impl FnMut(&Case) -> [Vec<f64>; 5], mut figures
         assert!(written, "{}: not all was written, or not with numbers", case.what);
         let cancelled = if case.numbers == FAR_BELOW_ZERO { CANCELLED } else { STORED };
         for (error, bound) in errors.into_iter().zip([STORED, WIDE, cancelled, STORED, STORED]) {
-            assert!(error <= bound, "{}: {error} is more than {bound}", case.what);
+            if error > bound {
+                wrong.push(format!("{}: {error} is more than {bound}", case.what));
+            }
         }
     }
+    assert!(wrong.is_empty(), "{}", wrong.join("; "));
 }
 
 #[test]
