@@ -67,8 +67,10 @@ impl Shape {
         self.rows(self.queries, self.heads, self.q_stride)
     }
 
+    /// A packed call's lie as q does.
     pub(super) fn query_gradients(&self) -> Layout {
-        self.rows(self.queries, self.heads, self.all_heads() * self.head_dim)
+        let packed = self.all_heads() * self.head_dim;
+        self.rows(self.queries, self.heads, self.documents.map_or(packed, |_| self.q_stride))
     }
 
     pub(super) fn key_rows(&self) -> Layout {
