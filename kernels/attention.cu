@@ -2,14 +2,14 @@
 // a call of many documents wants to read in memory where each lies, and has log-sum-exps as [rows, heads].
 //
 //   attention_accumulate   to[r, j] += from[r, j] for r < rows, j < d
-//   attention_documents    the six lists of a packed call, from row numbers that come with the launch
+//   attention_documents    the seven lists of a packed call, from row numbers that come with the launch
 //   attention_statistics   packed[r, h] = lse[h, r], or back, for r < rows, h < heads
 //
 // accumulate: to f32 with `stride` elements between rows (these heads' columns of dq [c, nq d], dk or dv [T, nk d]); from
 // [rows, d] bf16. d is a multiple of 8. One thread adds 8 elements.
 //
-// documents: lists of LIST int64 each, n + 1 of them used: where documents start in q, in k and v, in the log-sum-exps, in dk and
-// dv, in elements; then n queries and n keys of each document as int32, as far apart. One block.
+// documents: lists of LIST int64 each, n + 1 of them used: where documents start in q, in k and v, in the log-sum-exps, in dq, in
+// dk and dv, in elements; then n queries and n keys of each document as int32, as far apart. One block.
 //
 // statistics: packed f32, contiguous; lse f32 with `stride` elements between heads.
 #include "rows.cuh"
@@ -44,7 +44,7 @@ struct Documents {
 
 extern "C" __global__ void __launch_bounds__(THREADS)
 attention_documents(int64_t* lists, Documents documents, int64_t n, int64_t more_keys, int64_t q_stride, int64_t kv_stride,
-                    int64_t heads, int64_t dkv_stride) {
+                    int64_t heads, int64_t dq_stride, int64_t dkv_stride) {
     for (int64_t i = threadIdx.x; i <= n; i += THREADS) {
         const int64_t start = documents.start[i], place = documents.place[i];
         // Behind the last document come its keys' end and not its queries'.
@@ -52,10 +52,11 @@ attention_documents(int64_t* lists, Documents documents, int64_t n, int64_t more
         lists[i] = start * q_stride;
         lists[LIST + i] = (start + more) * kv_stride;
         lists[2 * LIST + i] = place * heads;
-        lists[3 * LIST + i] = (place + more) * dkv_stride;
+        lists[3 * LIST + i] = place * dq_stride;
+        lists[4 * LIST + i] = (place + more) * dkv_stride;
         if (i == n) continue;
-        reinterpret_cast<int32_t*>(lists + 4 * LIST)[i] = documents.length[i];
-        reinterpret_cast<int32_t*>(lists + 5 * LIST)[i] = int32_t(documents.length[i] + more_keys);
+        reinterpret_cast<int32_t*>(lists + 5 * LIST)[i] = documents.length[i];
+        reinterpret_cast<int32_t*>(lists + 6 * LIST)[i] = int32_t(documents.length[i] + more_keys);
     }
 }
 

@@ -11,7 +11,7 @@ const CUDA_BLOCK_KEYS: u64 = 1 << 16;
 const CUDA_HEAD_KEYS: u64 = 1 << 19;
 const CUDA_TILE_KEYS: u64 = 128;
 /// Lists of where the documents of a call lie.
-const CUDA_LISTS_BYTES: u64 = 6 * 264 * 8;
+const CUDA_LISTS_BYTES: u64 = 7 * 264 * 8;
 /// Measured: resident bytes of a process that has the driver, cuBLASLt and cuDNN loaded.
 const CUDA_HOST_BYTES: u64 = 544 << 20;
 
@@ -27,13 +27,13 @@ fn attention_of(run: &HeadRun, d: u64, device: DeviceKind, chunk: u64, tokens: u
         DeviceKind::Cpu => 0,
         DeviceKind::Cuda => {
             // Backward, by block of keys: sums of dq twice over and a call's dq, its dk and dv and those of every query head,
-            // what a call of packed documents needs (lists, log-sum-exps, deltas), and the library's slack.
+            // what a call of packed documents needs (lists, log-sum-exps, deltas, a tile of rows more), and the library's slack.
             let align = |bytes: u64| bytes.next_multiple_of(256);
             let block = tokens.min(CUDA_BLOCK_KEYS.max(chunk + CUDA_TILE_KEYS));
-            let head_keys = (n_heads * block).min(CUDA_HEAD_KEYS.max(group * block));
+            let head_keys = (n_heads * block).min(CUDA_HEAD_KEYS.max(group * block)) + n_heads * CUDA_TILE_KEYS;
             let gradients = 2 * align(head_keys.div_ceil(group) * d * 2);
             let by_head = if group > 1 { 2 * align(head_keys * d * 2) } else { 0 };
-            let head_queries = n_heads * chunk;
+            let head_queries = n_heads * (chunk + CUDA_TILE_KEYS);
             let dq = align(head_queries * d * 2) + align(head_queries * d * 4);
             let packed = align(CUDA_LISTS_BYTES) + 2 * align(head_queries * 4);
             align(n_heads * chunk * d * 4) + packed + gradients + dq + by_head + (1 << 20)

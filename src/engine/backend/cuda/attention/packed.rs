@@ -15,7 +15,7 @@ use super::{
         },
     },
     Operands, Sums, THREADS,
-    pieces::Piece,
+    pieces::{Piece, TILE_KEYS},
     shapes::shape_of,
     single::Together,
     workspace::{LIST_BYTES, LISTS, Regions},
@@ -25,7 +25,7 @@ use crate::engine::{Result, backend::DType};
 /// Rows that follow one another in the sequence and in a call's own outputs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Run {
-    /// First row of the call's own outputs: log-sum-exps, dk and dv.
+    /// First row of the outputs, of dq and of dk and dv alike.
     pub(super) place: u64,
     /// First position in the sequence.
     pub(super) query: u64,
@@ -54,19 +54,27 @@ pub(super) fn runs(pieces: &[Piece]) -> Vec<Run> {
 
 /// Row numbers of a call's documents: in q from the first piece's first query on (and in k from its first key), in the outputs,
 /// and how many queries; one more of the first two, where all end.
-pub(super) fn documents(pieces: &[Piece]) -> [[i32; DOCUMENT_LIST]; 3] {
+///
+/// The library before 9.25 is wrong about documents of no rows, so what a shape has more than there are pieces repeats the
+/// first tile of the last: its rows of o are written again as they are, and its other outputs go to a tile behind all others.
+pub(super) fn documents(pieces: &[Piece], shape: Shape) -> [[i32; DOCUMENT_LIST]; 3] {
     let mut lists = [[0; DOCUMENT_LIST]; 3];
-    let (first, last) = (pieces[0].queries.start, pieces[pieces.len() - 1].queries.end);
+    let count = shape.documents.unwrap_or(0) as usize;
+    let first = pieces[0].queries.start;
     let mut place = 0;
-    for (i, piece) in pieces.iter().enumerate() {
-        let numbers = [piece.queries.start - first, place, piece.n_queries()];
+    for i in 0..count {
+        let (piece, repeated) = pieces.get(i).map_or_else(|| (&pieces[pieces.len() - 1], true), |piece| (piece, false));
+        let n = if repeated { TILE_KEYS } else { piece.n_queries() };
+        let numbers = [piece.queries.start - first, place, n];
         for (list, number) in lists.iter_mut().zip(numbers) {
             list[i] = number as i32;
         }
-        place += piece.n_queries();
+        place += if repeated { 0 } else { n };
     }
-    lists[0][pieces.len()] = (last - first) as i32;
-    lists[1][pieces.len()] = place as i32;
+    let last = &pieces[pieces.len() - 1];
+    let spare = if count > pieces.len() { TILE_KEYS } else { 0 };
+    lists[0][count] = (last.queries.end - first) as i32;
+    lists[1][count] = (place + spare) as i32;
     lists
 }
 
@@ -95,7 +103,7 @@ impl Set {
     ) -> Self {
         let shape = shape_of(heads, pass, window, pieces);
         let more_keys = pieces[0].n_keys() as i64 - pieces[0].n_queries() as i64;
-        let (runs, documents) = (runs(pieces), documents(pieces));
+        let (runs, documents) = (runs(pieces), documents(pieces, shape));
         Self { shape, heads, regions, workspace, first_row: window.chunk.start, runs, documents, more_keys }
     }
 
@@ -105,7 +113,6 @@ impl Set {
         Together { kv_heads: kv_heads as u64, heads: heads as u64 }.calls(self.heads)
     }
 
-    /// Columns of its dq, and of its dk and dv.
     fn columns(&self) -> (u64, u64) {
         let d = self.heads.head_dim;
         (self.shape.all_heads() as u64 * d, self.shape.kv_heads as u64 * d)
@@ -115,13 +122,20 @@ impl Set {
     fn start(&self) -> (u64, u64) {
         (self.runs[0].query - self.first_row, self.runs[0].key)
     }
+
+    /// Rows of the call's own outputs.
+    fn rows(&self) -> u64 {
+        self.runs.iter().map(|run| run.queries).sum::<u64>() + TILE_KEYS
+    }
 }
 
 impl Cuda {
     /// Writes a set's lists, which serve all its calls.
     fn write_lists(&self, set: &Set) -> Result {
         let lists = self.device.address(set.workspace) + set.regions.lists;
-        let strides = [set.shape.q_stride, set.shape.kv_stride, set.shape.all_heads(), set.columns().1 as i64];
+        let (dq_columns, dkv_columns) = set.columns();
+        let strides =
+            [set.shape.q_stride, set.shape.kv_stride, set.shape.all_heads(), dq_columns as i64, dkv_columns as i64];
         let mut arguments = vec![Pointer(lists), Documents(&set.documents)];
         arguments.extend([set.shape.documents.unwrap_or(0), set.more_keys].map(Count));
         arguments.extend(strides.map(Count));
@@ -189,7 +203,7 @@ impl Cuda {
         let set = Set::new(Pass::Forward, heads, window, pieces, (regions, workspace));
         self.write_lists(&set)?;
         for (head, kv_head) in set.calls() {
-            let (tensors, [q, kv, stats, _, queries, keys]) = self.packed_operands(&set, (head, kv_head), operands);
+            let (tensors, [q, kv, stats, _, _, queries, keys]) = self.packed_operands(&set, (head, kv_head), operands);
             let tensors = [&tensors[..], &[q, kv, stats, queries, keys]].concat();
             self.run_packed(Pass::Forward, &set, &tensors)?;
             self.turn_statistics(&set, operands.lse, head, true)?;
@@ -212,31 +226,34 @@ impl Cuda {
         let set = Set::new(Pass::Backward, heads, window, pieces, (regions, workspace));
         let (start, d) = (self.device.address(workspace), heads.head_dim);
         let (dq_columns, dkv_columns) = set.columns();
-        // Laid out as q: a call writes its documents' rows of its heads.
-        let dq = Tensor { offset: workspace.offset + regions.dq, ..saved.q };
-        let dq_sums = Tensor { offset: workspace.offset + regions.dq_sums, dtype: DType::F32, ..saved.q };
-        self.device.fill_bytes(dq_sums, 0)?;
+        let dq_sums = Tensor {
+            offset: workspace.offset + regions.dq_sums,
+            dtype: DType::F32,
+            rows: set.rows(),
+            cols: dq_columns,
+            ..workspace
+        };
         self.write_lists(&set)?;
         for (head, kv_head) in set.calls() {
             self.turn_statistics(&set, saved.lse, head, false)?;
-            let (tensors, [q, kv, stats, dkv, queries, keys]) = self.packed_operands(&set, (head, kv_head), operands);
+            // Before 9.18 the library left out rows of these.
+            self.device.fill_bytes(dq_sums, 0)?;
+            let (tensors, [q, kv, stats, dq, dkv, queries, keys]) =
+                self.packed_operands(&set, (head, kv_head), operands);
             let mut tensors = tensors.to_vec();
             tensors.push(self.element(saved.d_o, set.start().0, head * d));
-            tensors.push(self.element(dq, set.start().0, head * d));
-            tensors.extend([regions.dk, regions.dv, regions.delta].map(|at| start + at));
-            tensors.push(self.element(dq_sums, set.start().0, head * d));
-            tensors.extend([q, kv, stats, queries, keys, dkv]);
+            tensors.extend([regions.dq, regions.dk, regions.dv, regions.delta, regions.dq_sums].map(|at| start + at));
+            tensors.extend([q, kv, stats, queries, keys, dq, dkv]);
             if set.shape.heads > 1 {
                 tensors.extend([start + regions.dk_by_head, start + regions.dv_by_head]);
             }
             self.run_packed(Pass::Backward, &set, &tensors)?;
             for run in &set.runs {
-                let (row, dkv_part) = (run.query - set.first_row, run.place * dkv_columns * 2);
-                let rows = |tensor: Tensor| tensor.rows(row, row + run.queries);
+                let (row, dq_part, dkv_part) =
+                    (run.query - set.first_row, run.place * dq_columns * 2, run.place * dkv_columns * 2);
                 self.add_part((sums.dk, run.key, kv_head * d), start + regions.dk + dkv_part, run.keys, dkv_columns)?;
                 self.add_part((sums.dv, run.key, kv_head * d), start + regions.dv + dkv_part, run.keys, dkv_columns)?;
-                // Of dq the sums themselves: what the library rounds from them has been left out where documents end.
-                self.add_columns((rows(sums.dq), head * d), (rows(dq_sums), head * d), dq_columns)?;
+                self.add_part((sums.dq, row, head * d), start + regions.dq + dq_part, run.queries, dq_columns)?;
             }
         }
         Ok(())

@@ -97,14 +97,7 @@ impl Calls {
         let (tiled, single): (Vec<Piece>, Vec<Piece>) = pieces.into_iter().partition(Piece::fills_tiles);
         let (whole, parts): (Vec<Piece>, Vec<Piece>) =
             tiled.into_iter().partition(|piece| piece.mask() == Mask::Causal);
-        let mut packed: Vec<Vec<Piece>> = parts.into_iter().map(|piece| vec![piece]).collect();
-        let mut rest = &whole[..];
-        while !rest.is_empty() {
-            // Sets of powers of two: few plans, and no entry of one that stands for nothing.
-            let n = MOST_DOCUMENTS.min(1 << rest.len().ilog2());
-            packed.push(rest[..n].to_vec());
-            rest = &rest[n..];
-        }
-        Self { single, packed }
+        let parts = parts.into_iter().map(|piece| vec![piece]);
+        Self { single, packed: parts.chain(whole.chunks(MOST_DOCUMENTS).map(<[Piece]>::to_vec)).collect() }
     }
 }

@@ -13,7 +13,8 @@ use super::{
     single::Together,
 };
 
-/// Shapes come in powers of two. Documents from their start: the longest, from this length on.
+/// Shapes come in powers of two from these on. Documents from their start: how many, and the longest.
+const LEAST_DOCUMENTS: u64 = 8;
 const LEAST_LENGTH: u64 = 512;
 /// A single piece: its queries, as many as any chunk has, for a call's work goes by what is there; and its keys.
 const LEAST_QUERIES: u64 = 1 << 15;
@@ -69,7 +70,7 @@ pub(super) fn shape_of(heads: Heads, pass: Pass, window: &Window, pieces: &[Piec
     let first = &pieces[0];
     if first.mask() == Mask::Causal {
         let longest = pieces.iter().map(Piece::n_queries).max().unwrap_or(0);
-        let sizes = (pieces.len() as u64, rounded(longest, LEAST_LENGTH));
+        let sizes = (rounded(pieces.len() as u64, LEAST_DOCUMENTS), rounded(longest, LEAST_LENGTH));
         return shape_of_documents(heads, pass, window.chunk.end - window.chunk.start, sizes);
     }
     let (queries, keys) = (rounded(first.n_queries(), LEAST_QUERIES), rounded(first.n_keys(), LEAST_KEYS));
@@ -82,11 +83,12 @@ pub(super) fn shapes(heads: Heads, window: &Window) -> Vec<(Pass, Shape)> {
     let c = end - start;
     // Documents of a tile or more, one of them longer than half of `longest`, fill what a chunk has.
     let fits = |documents: u64, longest: u64| {
+        let fewest = if documents > LEAST_DOCUMENTS { documents / 2 } else { 0 };
         let shortest = if longest > LEAST_LENGTH { longest / 2 } else { 0 };
-        (documents - 1) * TILE_KEYS + shortest < c
+        fewest * TILE_KEYS + shortest < c.max(1)
     };
     let lengths = steps(LEAST_LENGTH, c);
-    let sizes = steps(1, (c / TILE_KEYS).min(MOST_DOCUMENTS as u64))
+    let sizes = steps(LEAST_DOCUMENTS, (c / TILE_KEYS).min(MOST_DOCUMENTS as u64))
         .flat_map(|documents| lengths.clone().map(move |longest| (documents, longest)))
         .filter(|(documents, longest)| fits(*documents, *longest));
     let queries = rounded(c, LEAST_QUERIES);

@@ -6,7 +6,7 @@ use std::ops::Range;
 use super::{
     super::{
         super::{Heads, Window},
-        cudnn::{Pass, Shape},
+        cudnn::{Mask, Pass, Shape},
     },
     packed::{documents, runs},
     pieces::{Calls, Piece, TILE_KEYS, backward_pieces, forward_pieces},
@@ -125,7 +125,7 @@ fn documents_in_tiles_are_packed_and_others_single() {
     assert!(forward.single.is_empty() && backward.single.is_empty());
     // The first document's fragment, then all that begin in the chunk; backward, the fragment's own keys among these.
     assert_eq!(forward.packed.iter().map(Vec::len).collect::<Vec<_>>(), [1, 2]);
-    assert_eq!(backward.packed.iter().map(Vec::len).collect::<Vec<_>>(), [1, 2, 1]);
+    assert_eq!(backward.packed.iter().map(Vec::len).collect::<Vec<_>>(), [1, 3]);
     let uneven = [0..1088, 1088..1280, 1280..2048];
     let forward = calls(Pass::Forward, &window(&uneven));
     assert_eq!((forward.single.len(), forward.packed.len()), (2, 1));
@@ -137,8 +137,7 @@ fn documents_in_tiles_are_packed_and_others_single() {
 /// Lists that the library reads: rows of q and of the outputs in order, no document without rows.
 fn assert_lists_are_in_order(pieces: &[Piece], shape: Shape) {
     let count = shape.documents.expect("a packed shape") as usize;
-    assert_eq!(pieces.len(), count);
-    let [starts, places, lengths] = documents(pieces);
+    let [starts, places, lengths] = documents(pieces, shape);
     for list in [starts, places] {
         assert!(list[..=count].is_sorted(), "{list:?}");
     }
@@ -148,6 +147,10 @@ fn assert_lists_are_in_order(pieces: &[Piece], shape: Shape) {
         assert_eq!(starts[i] as u64, piece.queries.start - pieces[0].queries.start);
         assert_eq!(lengths[i] as u64, piece.n_queries());
         assert_eq!((places[i] + lengths[i]) as u64, if i + 1 < pieces.len() { places[i + 1] as u64 } else { total });
+    }
+    // What repeats a tile reads rows of the last document and writes behind all.
+    for i in pieces.len()..count {
+        assert_eq!((starts[i], places[i] as u64), (starts[pieces.len() - 1], total));
     }
 }
 
@@ -180,8 +183,9 @@ fn calls_fit_the_workspace() {
             let r = Regions::of(heads, c, window.chunk.end);
             for pieces in calls(Pass::Backward, window).packed {
                 let shape = shape_of(heads, Pass::Backward, window, &pieces);
-                let rows = pieces.iter().map(Piece::n_queries).sum::<u64>();
-                let keys = pieces.iter().map(Piece::n_keys).sum::<u64>();
+                let spare = if shape.mask == Mask::Causal { TILE_KEYS } else { 0 };
+                let rows = pieces.iter().map(Piece::n_queries).sum::<u64>() + spare;
+                let keys = pieces.iter().map(Piece::n_keys).sum::<u64>() + spare;
                 let (all, kv_heads, d) = (shape.all_heads() as u64, shape.kv_heads as u64, heads.head_dim);
                 let by_head = if shape.heads > 1 { keys * all * d * 2 } else { 0 };
                 for (start, bytes, end) in [
@@ -189,8 +193,8 @@ fn calls_fit_the_workspace() {
                     (r.delta, rows * all * 4, r.dk),
                     (r.dk, keys * kv_heads * d * 2, r.dv),
                     (r.dv, keys * kv_heads * d * 2, r.dq),
-                    (r.dq, c * heads.n_heads * d * 2, r.dq_sums),
-                    (r.dq_sums, c * heads.n_heads * d * 4, r.dk_by_head),
+                    (r.dq, rows * all * d * 2, r.dq_sums),
+                    (r.dq_sums, rows * all * d * 4, r.dk_by_head),
                     (r.dk_by_head, by_head, r.dv_by_head),
                     (r.dv_by_head, by_head, r.library),
                 ] {

@@ -8,12 +8,13 @@ use super::{
 
 /// What cuDNN's workspace for a call may need beyond the bf16 gradients of every query head.
 const LIBRARY_SLACK_BYTES: u64 = 1 << 20;
-/// Lists of a packed call: four of int64, two of int32, all as far apart.
-pub(super) const LISTS: u64 = 6;
+/// Lists of a packed call: five of int64, two of int32, all as far apart.
+pub(super) const LISTS: u64 = 7;
 pub(super) const LIST_BYTES: u64 = DOCUMENT_LIST as u64 * 8;
 
 /// Offsets in bytes. The f32 sums of dq come first, then what one call has: a packed one its lists, log-sum-exps and deltas;
-/// any its dk, dv and dq, the library's f32 sums of dq, and the library's own workspace. A packed call's dq lies as q does.
+/// any its dk, dv and dq, the library's f32 sums of dq, and the library's own workspace. A packed call has a tile of rows more
+/// than its documents.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Regions {
     pub(super) lists: u64,
@@ -37,10 +38,11 @@ impl Regions {
         let Heads { n_heads, n_kv_heads, head_dim } = heads;
         let group = n_heads / n_kv_heads;
         let align = |bytes: u64| bytes.next_multiple_of(256);
+        let spare = n_heads * TILE_KEYS;
         let block = keys.min(BLOCK_KEYS.max(c + TILE_KEYS));
-        let head_keys = (n_heads * block).min(BACKWARD_HEAD_KEYS.max(group * block));
+        let head_keys = (n_heads * block).min(BACKWARD_HEAD_KEYS.max(group * block)) + spare;
         let gradients = align(head_keys.div_ceil(group) * head_dim * 2);
-        let head_queries = n_heads * c;
+        let head_queries = n_heads * c + spare;
         let lists = align(n_heads * c * head_dim * 4);
         let statistics = lists + align(LISTS * LIST_BYTES);
         let delta = statistics + align(head_queries * 4);

@@ -21,7 +21,7 @@ const O: i64 = 4;
 /// Log-sum-exps `[heads, queries]` f32, rows `stats_stride` apart; in a packed call `[rows, heads]`, packed.
 const STATS: i64 = 5;
 const D_O: i64 = 6;
-/// `[queries, kv_heads heads d]` bf16, packed; in a packed call laid out as Q.
+/// `[queries, kv_heads heads d]` bf16, packed.
 const DQ: i64 = 7;
 /// Gradients of k and v `[keys, kv_heads d]` bf16, packed.
 const DK: i64 = 8;
@@ -30,11 +30,12 @@ const DV: i64 = 9;
 const DELTA: i64 = 10;
 /// f32 `[kv_heads, heads, queries, d]` that dq is summed in; in a packed call laid out as DQ.
 const DQ_SUMS: i64 = 11;
-/// Of a packed call: where the rows of q, o and their gradients of each document start, those of k and v, of the log-sum-exps
-/// and deltas, and of dk and dv. int64 `[documents + 1]`, in elements.
+/// Of a packed call: where the rows of q, o and do of each document start, those of k and v, of the log-sum-exps and deltas,
+/// of dq, and of dk and dv. int64 `[documents + 1]`, in elements.
 const Q_STARTS: i64 = 12;
 const KV_STARTS: i64 = 13;
 const STATS_STARTS: i64 = 14;
+const DQ_STARTS: i64 = 15;
 const DKV_STARTS: i64 = 16;
 /// Queries and keys of each document: int32 `[documents]`.
 const Q_LENGTHS: i64 = 17;
@@ -53,7 +54,7 @@ pub(super) fn tensors(pass: Pass, shape: Shape) -> Vec<i64> {
     if shape.documents.is_some() {
         ids.extend([Q_STARTS, KV_STARTS, STATS_STARTS, Q_LENGTHS, KV_LENGTHS]);
         if pass == Pass::Backward {
-            ids.push(DKV_STARTS);
+            ids.extend([DQ_STARTS, DKV_STARTS]);
             if shape.heads > 1 {
                 ids.extend([DK_BY_HEAD, DV_BY_HEAD]);
             }
@@ -222,6 +223,7 @@ pub(super) fn backward(shape: Shape) -> Result<Graph> {
     let query_starts = starts(&mut g, shape, Q_STARTS)?;
     let key_starts = starts(&mut g, shape, KV_STARTS)?;
     let stats_starts = starts(&mut g, shape, STATS_STARTS)?;
+    let dq_starts = starts(&mut g, shape, DQ_STARTS)?;
     let dkv_starts = starts(&mut g, shape, DKV_STARTS)?;
     let q = g.tensor(Q, shape.query_rows().starting(query_starts))?;
     let k = g.tensor(K, shape.key_rows().transposed().starting(key_starts))?;
@@ -229,11 +231,11 @@ pub(super) fn backward(shape: Shape) -> Result<Graph> {
     let o = g.tensor(O, shape.query_rows().starting(query_starts))?;
     let stats = g.tensor(STATS, shape.statistics().starting(stats_starts))?;
     let d_o = g.tensor(D_O, shape.query_rows().starting(query_starts))?;
-    let dq = g.tensor(DQ, shape.query_gradients().starting(query_starts))?;
+    let dq = g.tensor(DQ, shape.query_gradients().starting(dq_starts))?;
     let dk = g.tensor(DK, shape.key_gradients().starting(dkv_starts))?;
     let dv = g.tensor(DV, shape.key_gradients().starting(dkv_starts))?;
     let delta = g.tensor(DELTA, shape.statistics().starting(stats_starts))?;
-    let dq_sums = g.tensor(DQ_SUMS, shape.dq_sums().starting(query_starts))?;
+    let dq_sums = g.tensor(DQ_SUMS, shape.dq_sums().starting(dq_starts))?;
 
     let products = g.apply(Pointwise::CUDNN_POINTWISE_MUL, shape.query_rows().of(F32), d_o, Some(o))?;
     let sums = g.between(shape.row())?;

@@ -67,10 +67,8 @@ impl Shape {
         self.rows(self.queries, self.heads, self.q_stride)
     }
 
-    /// A packed call's lie as q does.
     pub(super) fn query_gradients(&self) -> Layout {
-        let packed = self.all_heads() * self.head_dim;
-        self.rows(self.queries, self.heads, self.documents.map_or(packed, |_| self.q_stride))
+        self.rows(self.queries, self.heads, self.all_heads() * self.head_dim)
     }
 
     pub(super) fn key_rows(&self) -> Layout {
