@@ -24,7 +24,7 @@ use crate::{
 };
 
 /// How long ranks wait for each other: a GPU may take a while to open.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_mins(2);
 
 /// A rank's place, as rank 0 hands it to the process that it starts (`--place`).
 #[derive(Debug, Clone, Serialize, Deserialize)]
