@@ -18,14 +18,15 @@ __device__ __forceinline__ void by_unit(Unit* to, const Unit* from, int64_t to_s
     }
 }
 
-#define COPY(name, Unit)                                                                                                   \
-    extern "C" __global__ void name(Unit* __restrict__ to, const Unit* __restrict__ from, int64_t to_stride,               \
-                                    int64_t from_stride, int64_t width, int64_t n) {                                       \
-        by_unit(to, from, to_stride, from_stride, width, n, [](Unit* a, const Unit* b) { *a = *b; });                      \
-    }
+extern "C" __global__ void copy_columns_16(uint4* __restrict__ to, const uint4* __restrict__ from, int64_t to_stride,
+                                           int64_t from_stride, int64_t width, int64_t n) {
+    by_unit(to, from, to_stride, from_stride, width, n, [](uint4* a, const uint4* b) { *a = *b; });
+}
 
-COPY(copy_columns_16, uint4)
-COPY(copy_columns_2, uint16_t)
+extern "C" __global__ void copy_columns_2(uint16_t* __restrict__ to, const uint16_t* __restrict__ from, int64_t to_stride,
+                                          int64_t from_stride, int64_t width, int64_t n) {
+    by_unit(to, from, to_stride, from_stride, width, n, [](uint16_t* a, const uint16_t* b) { *a = *b; });
+}
 
 extern "C" __global__ void add_columns_4(float4* __restrict__ to, const float4* __restrict__ from, int64_t to_stride,
                                          int64_t from_stride, int64_t width, int64_t n) {

@@ -34,7 +34,9 @@ fn main() -> ExitCode {
         }
         Role::Calibrate(here) => ended(calibrate(&here)),
         Role::Bench(Bench::Step(here)) => ended(at(&here, None, |host, stated| {
-            bench::step::run(&here.args, host, stated, &std::env::temp_dir(), &mut io::stdout())
+            let (scratch, arguments) = (std::env::temp_dir(), std::env::args_os().skip(1).collect::<Vec<_>>());
+            let process = bench::step::Here { scratch: &scratch, arguments: &arguments };
+            bench::step::run(&here.args, host, stated, process, &mut io::stdout())
         })),
         Role::Bench(Bench::Ops(args)) => ended(bench::ops::run(&args, &mut io::stdout())),
         Role::Model(Model::Init(args)) => ended(cli::model::init(&args)),

@@ -1,6 +1,7 @@
 //! The other ranks of a bench: processes of this same program that carry out the plan which rank 0 made.
 
 use std::{
+    ffi::OsString,
     fs,
     net::{Ipv4Addr, TcpListener},
     path::{Path, PathBuf},
@@ -84,8 +85,13 @@ impl Drop for Others {
     }
 }
 
-/// Starts ranks 1 and up of `n_ranks` with this process's own arguments, and meets them as rank 0.
-pub(super) fn start(n_ranks: usize, plan: &Plan, scratch: &Path) -> Result<(Others, HostComm<Tcp>)> {
+/// Starts ranks 1 and up of `n_ranks` with this process's own `arguments`, and meets them as rank 0.
+pub(super) fn start(
+    n_ranks: usize,
+    plan: &Plan,
+    scratch: &Path,
+    arguments: &[OsString],
+) -> Result<(Others, HostComm<Tcp>)> {
     let socket = |error: std::io::Error| Error::Rendezvous(format!("no port of this host can be listened on: {error}"));
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).map_err(socket)?;
     let address = listener.local_addr().map_err(socket)?.to_string();
@@ -97,7 +103,7 @@ pub(super) fn start(n_ranks: usize, plan: &Plan, scratch: &Path) -> Result<(Othe
     for rank in 1..n_ranks {
         let place = serde_json::to_string(&Place { rank, ..own.clone() }).expect("a place is JSON");
         let mut command = Command::new(&program);
-        command.args(std::env::args_os().skip(1)).args(["--place", &place]).stdout(Stdio::null());
+        command.args(arguments).args(["--place", &place]).stdout(Stdio::null());
         others.processes.push(command.spawn().map_err(Error::file(&program))?);
     }
     let comm = rendezvous::receive(listener, &own.meeting())?;

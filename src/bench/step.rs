@@ -2,7 +2,7 @@
 //!
 //! The same planner, session and kernels as a job; only weights, tokens and the absence of files differ.
 
-use std::{io::Write, path::Path, time::Instant};
+use std::{ffi::OsString, io::Write, path::Path, time::Instant};
 
 use serde_json::json;
 
@@ -104,18 +104,26 @@ struct Job<'a> {
     config: ModelConfig,
     machine: Machine,
     plan: Plan,
+    here: Here<'a>,
+}
+
+/// What the process has.
+#[derive(Debug, Clone, Copy)]
+pub struct Here<'a> {
     /// Where a plan that spills does so.
-    scratch: &'a Path,
+    pub scratch: &'a Path,
+    /// Its arguments, with which it starts the other ranks.
+    pub arguments: &'a [OsString],
 }
 
 /// Runs the steps and writes a line each to `out`. `host` is this machine without its GPUs, `stated` what is said of those.
-pub fn run(args: &Args, host: &Machine, stated: &Stated, scratch: &Path, out: &mut impl Write) -> Result {
+pub fn run(args: &Args, host: &Machine, stated: &Stated, here: Here, out: &mut impl Write) -> Result {
     let config = shape(args)?;
     let place = args.place.as_deref().map(Place::parse).transpose()?;
     match args.device.as_str() {
         "cpu" => {
             let precision = args.precision.unwrap_or(Precision::of(DeviceKind::Cpu));
-            let job = planned(args, config, host.clone(), (precision, scratch), place.as_ref())?;
+            let job = planned(args, config, host.clone(), (precision, here), place.as_ref())?;
             match precision {
                 Precision::F32 => on_cpu(Cpu::<f32>::new(threads(args))?, &job, place.as_ref(), out),
                 Precision::Bf16 => on_cpu(Cpu::<half::bf16>::new(threads(args))?, &job, place.as_ref(), out),
@@ -127,7 +135,7 @@ pub fn run(args: &Args, host: &Machine, stated: &Stated, scratch: &Path, out: &m
             }
             let cuda = Cuda::open(place.as_ref().map_or(0, |place| place.rank), stated.libraries)?;
             let machine = gpu::machine(&cuda, host, stated)?;
-            let job = planned(args, config, machine, (Precision::Bf16, scratch), place.as_ref())?;
+            let job = planned(args, config, machine, (Precision::Bf16, here), place.as_ref())?;
             on_cuda(cuda, &job, (place.as_ref(), stated), out)
         }
         other => Err(Invalid::new("--device", format!("device is cpu or cuda, not {other}")).into()),
@@ -161,7 +169,7 @@ fn met(job: &Job, place: Option<&Place>) -> Result<(Option<ranks::Others>, HostC
     if let Some(place) = place {
         return Ok((None, place.meet()?));
     }
-    let (others, comm) = ranks::start(job.args.ranks as usize, &job.plan, job.scratch)?;
+    let (others, comm) = ranks::start(job.args.ranks as usize, &job.plan, job.here.scratch, job.here.arguments)?;
     Ok((Some(others), comm))
 }
 
@@ -169,19 +177,19 @@ fn planned<'a>(
     args: &'a Args,
     config: ModelConfig,
     mut machine: Machine,
-    (precision, scratch): (Precision, &'a Path),
+    (precision, here): (Precision, Here<'a>),
     place: Option<&Place>,
 ) -> Result<Job<'a>> {
     machine.device_bytes = args.memory.unwrap_or(machine.device_bytes);
     if let Some(place) = place {
         let plan = place.plan()?;
-        return Ok(Job { args, config, machine, plan, scratch });
+        return Ok(Job { args, config, machine, plan, here });
     }
     let (model, machine_ref, tokens, moments) = (&config, &machine, args.tokens, args.moments);
     let forced = forced(args)?;
     let request = plan::Request { model, precision, moments, tokens, micro_batches: 1, machine: machine_ref, forced };
     let plan = plan::plan(&request).map_err(Invalid::from)?;
-    Ok(Job { args, config, machine, plan, scratch })
+    Ok(Job { args, config, machine, plan, here })
 }
 
 /// Choices that the flags make.
@@ -245,7 +253,7 @@ struct Run<'a, B, C> {
 
 impl<'a, B: Backend, C: Comm<B>> Run<'a, B, C> {
     fn new(backend: B, groups: Groups<C>, job: &'a Job<'a>) -> Result<Self> {
-        let mut session = Session::among(backend, groups, &job.plan, &job.config, job.scratch)?;
+        let mut session = Session::among(backend, groups, &job.plan, &job.config, job.here.scratch)?;
         let whole = 0..job.args.tokens;
         session.prepare(std::slice::from_ref(&whole))?;
         random::weights(&mut session)?;

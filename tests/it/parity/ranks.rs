@@ -142,21 +142,26 @@ fn lengths_that_ranks_do_not_divide_are_padded() {
 }
 
 #[test]
-fn ranks_without_a_label_change_nothing() {
+fn the_forward_of_a_row_has_the_same_bits_on_any_rank() {
     let config = eight_heads(false);
-    let mut tokens = documents(&config);
+    let tokens = documents(&config);
     let n = tokens.ids.len() as u64;
-    // One label in all: seven of eight ranks have none.
-    let kept = 29;
-    for (i, label) in tokens.labels.iter_mut().enumerate() {
-        if i != kept {
-            *label = -100;
-        }
-    }
     let base = Forced { chunk_tokens: Some(16), ..plain(n, &config) };
-    let one = run(&config, base, &[tokens.batch()]);
-    for ranks in [2, 8] {
-        assert_close(&run_among(&config, sharing(ranks), base, &[vec![tokens.batch()]]), &one, TOLERANCE, "one label");
+    // With one label in all the loss is that of one row, to the last bit; and of eight ranks seven have no label.
+    for kept in [0, 29, 47, 62] {
+        let mut one_label = documents(&config);
+        one_label.labels.iter_mut().enumerate().for_each(|(i, label)| {
+            if i != kept {
+                *label = -100;
+            }
+        });
+        assert!(one_label.labels[kept] >= 0, "row {kept} has a label");
+        let one = run(&config, base, &[one_label.batch()]);
+        for ranks in [2, 4, 8] {
+            let shared = run_among(&config, sharing(ranks), base, &[vec![one_label.batch()]]);
+            assert_eq!(shared.0.to_bits(), one.0.to_bits(), "{ranks} ranks: {} against {}", shared.0, one.0);
+            assert_close(&shared, &one, TOLERANCE, &format!("{ranks} ranks, the label of row {kept}"));
+        }
     }
 }
 
