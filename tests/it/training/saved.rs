@@ -11,7 +11,7 @@ use longhaul::{
     engine::{
         backend::{DType, Tensor},
         checkpoint::{huggingface, safetensors::Weights},
-        model::Params,
+        model::{Params, params::Named},
         train::{Progress, saved},
     },
     plan::{self, Forced, Plan, Ranks, Slot},
@@ -137,9 +137,13 @@ fn what_four_ranks_save_any_number_finds_again() {
     }
 }
 
+fn named(config: &ModelConfig) -> Vec<Named> {
+    Params::over(config, Tensor::device(0, DType::Bf16, 1, config.n_params())).named(config)
+}
+
 /// The files' tensors are these bytes, in the order of weights, m, v, low, and of parameters in each.
 fn assert_files_hold(folder: &Path, config: &ModelConfig, state: &[Vec<u8>]) {
-    let named = Params::over(config, Tensor::device(0, DType::Bf16, 1, config.n_params())).named(config);
+    let named = named(config);
     let weights = Weights::open(folder).unwrap();
     let resume = Weights::open_files([folder.join("resume/optimizer.safetensors")]).unwrap();
     for (prefix, bytes) in ["", "m.", "v.", "low."].into_iter().zip(state.chunks(named.len())) {
@@ -157,21 +161,61 @@ fn assert_files_hold(folder: &Path, config: &ModelConfig, state: &[Vec<u8>]) {
     }
 }
 
+/// Weights and low halves together are the file's own f32.
+#[test]
+fn every_rank_loads_its_part_of_the_base_model() {
+    let sandbox = Sandbox::new("base");
+    let (base, config) = (sandbox.join("model"), make_model(sandbox.path()));
+    let mut expected = Vec::new();
+    let files = Weights::open(&base).unwrap();
+    for parameter in named(&config) {
+        let sink = |_, values: &[f32]| {
+            expected.extend(values.iter().map(|v| v.to_bits()));
+            Ok(())
+        };
+        files.read(&parameter.name, &parameter.shape, sink).unwrap();
+    }
+    assert!(expected.iter().any(|bits| bits & 0xffff != 0), "storage rounds some of them");
+    for n_ranks in [1, 2, 8] {
+        let plan = plan_for(&config, n_ranks, Moments::F32, Forced::default());
+        let parts = on_every_rank(&config, &plan, |session: &mut Rank<Bf16>| {
+            saved::load_base(session, &base).unwrap();
+            part(session)
+        });
+        let state = whole(parts).into_iter();
+        let n = named(&config).len();
+        let halves = |parameters: Vec<Vec<u8>>| -> Vec<u32> {
+            let bytes: Vec<u8> = parameters.concat();
+            bytes.chunks_exact(2).map(|half| u16::from_le_bytes([half[0], half[1]]).into()).collect()
+        };
+        let (weights, low) = (halves(state.clone().take(n).collect()), halves(state.skip(3 * n).collect()));
+        let masters = weights.into_iter().zip(low).map(|(w, low)| ((w - (low >> 15)) << 16) | low);
+        assert!(masters.eq(expected.iter().copied()), "{n_ranks} ranks");
+    }
+}
+
 #[test]
 fn a_rank_that_cannot_write_names_its_reason_to_all() {
     let sandbox = Sandbox::new("unwritable");
     let (base, config) = (sandbox.join("model"), make_model(sandbox.path()));
-    let file = sandbox.join("file");
-    std::fs::write(&file, "no folder").unwrap();
-    let plan = plan_for(&config, 4, Moments::F32, Forced::default());
-    let seen = within(NO_HANG, move || {
-        failures(&config, &plan, |session: &mut Rank<Bf16>| {
-            saved::load_base(session, &base).unwrap();
-            saved::write(session, Progress::default(), &base, &file).map(drop)
-        })
-    });
-    assert!(seen[0].contains("file/step-0.tmp"), "{}", seen[0]);
-    for other in &seen[1..] {
-        assert!(other.starts_with("rank 0 failed: ") && other.contains("file/step-0.tmp"), "{other}");
+    // No place to begin, and a name that is taken when everything is written.
+    let (file, folder) = (sandbox.join("file"), sandbox.join("folder"));
+    std::fs::create_dir(&folder).unwrap();
+    for path in [file.clone(), folder.join("step-0")] {
+        std::fs::write(path, "no folder").unwrap();
+    }
+    for (parent, reason) in [(file, "file/step-0.tmp"), (folder, "folder/step-0")] {
+        let (base, config) = (base.clone(), config.clone());
+        let seen = within(NO_HANG, move || {
+            let plan = plan_for(&config, 4, Moments::F32, Forced::default());
+            failures(&config, &plan, |session: &mut Rank<Bf16>| {
+                saved::load_base(session, &base).unwrap();
+                saved::write(session, Progress::default(), &base, &parent).map(drop)
+            })
+        });
+        assert!(seen[0].contains(reason), "{}", seen[0]);
+        for other in &seen[1..] {
+            assert!(other.starts_with("rank 0 failed: ") && other.contains(reason), "{other}");
+        }
     }
 }
