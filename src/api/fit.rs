@@ -48,7 +48,8 @@ fn fits_somewhere(hosts: &[Host], model: &str, training: &TrainingSpec) -> Resul
     let mut nearest: Option<plan::Refusal> = None;
     let mut unfit = Ok(Vec::new());
     for (machine, config) in candidates {
-        if let Err(refusal) = config.check_on(machine.device) {
+        let device = machine.device;
+        if let Err(refusal) = config.check_on(device).and_then(|()| training.check_ranks(config, device)) {
             unfit = Err(refusal);
             continue;
         }
@@ -65,8 +66,10 @@ fn fits_somewhere(hosts: &[Host], model: &str, training: &TrainingSpec) -> Resul
 
 /// One plan for one machine: for the length asked for, or for a short one where the data decides the length.
 fn ask_for_plan(model: &ModelConfig, training: &TrainingSpec, machine: &Machine) -> Result<plan::Plan, plan::Refusal> {
+    let ranks = plan::Ranks { sequence: u64::from(training.sequence_parallel_size), data: 1 };
     let tokens = training.sequence_length.unwrap_or(PADDING).next_multiple_of(PADDING);
-    let forced = plan::Forced::default();
+    let tokens = tokens.next_multiple_of(ranks.sequence);
+    let forced = plan::Forced { ranks: Some(ranks), ..plan::Forced::default() };
     let micro_batches = u64::from(training.gradient_accumulation_steps);
     let (precision, moments) = (training.precision_on(machine.device), training.moments);
     plan::plan(&plan::Request { model, precision, moments, tokens, micro_batches, machine, forced })

@@ -149,6 +149,10 @@ pub struct CreateTraining {
     /// Storage type of AdamW's moments: `f32` (default), or `bf16`, rounded stochastically, where memory is short.
     #[schema(required = false)]
     moments: Option<String>,
+    /// Ranks that share every sequence, each with a part of its tokens and of weights and states; default 1. It divides the
+    /// model's query heads. On the CPU ranks are threads of one process; on a GPU there is one.
+    #[schema(required = false, minimum = 1, maximum = 128)]
+    sequence_parallel_size: Option<u64>,
     /// `cpu` or `cuda`; absent takes a GPU where the host has one. Refused where no host has such a device.
     #[schema(required = false)]
     device: Option<String>,

@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Invalid, fields::meant, machine::DeviceKind};
+use super::{Invalid, ModelConfig, fields::meant, heads, machine::DeviceKind};
 
 /// What was asked of the training, checked. Field names are those of the request's `training` object.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -45,8 +45,17 @@ pub struct TrainingSpec {
     pub precision: Option<Precision>,
     #[serde(default)]
     pub moments: Moments,
+    /// Ranks that share each sequence, every one with its part of the tokens, weights and states. See
+    /// [`TrainingSpec::check_ranks`].
+    #[serde(default = "one")]
+    pub sequence_parallel_size: u32,
     /// Where to train; `None` takes the best device the host has, see [`TrainingSpec::wanted_device`].
     pub device: Option<DeviceKind>,
+}
+
+/// Jobs of before there were several ranks have one.
+fn one() -> u32 {
+    1
 }
 
 /// What becomes of a document longer than the sequence.
@@ -156,6 +165,7 @@ impl Default for TrainingSpec {
             seed: 0,
             precision: None,
             moments: Moments::F32,
+            sequence_parallel_size: 1,
             device: None,
         }
     }
@@ -163,6 +173,11 @@ impl Default for TrainingSpec {
 
 /// Longest sequence any setting may ask for: positions stay exact and element counts stay inside 63 bits.
 pub const MAX_SEQUENCE_LENGTH: u64 = 1 << 30;
+/// Most ranks that may share a sequence: as many as the largest models have query heads.
+pub const MAX_SEQUENCE_PARALLEL_SIZE: u64 = 128;
+
+/// The field of ranks, in requests.
+const RANKS: &str = "training.sequence_parallel_size";
 
 impl TrainingSpec {
     /// What the job trains in on this device.
@@ -174,6 +189,29 @@ impl TrainingSpec {
     /// `store::queue` claims by the same rule.
     pub fn wanted_device(&self) -> Option<DeviceKind> {
         self.device.or((self.precision == Some(Precision::F32)).then_some(DeviceKind::Cpu))
+    }
+
+    /// Refuses ranks that the model's heads cannot be dealt to, or that a device does not have.
+    pub fn check_ranks(&self, model: &ModelConfig, device: DeviceKind) -> Result<(), Invalid> {
+        self.check_ranks_on(device)?;
+        let (n, heads) = (u64::from(self.sequence_parallel_size), model.n_heads);
+        if heads.is_multiple_of(n) {
+            return Ok(());
+        }
+        let sizes = heads::group_sizes(heads).into_iter().filter(|size| *size <= MAX_SEQUENCE_PARALLEL_SIZE);
+        let sizes = sizes.map(|size| size.to_string()).collect::<Vec<_>>().join(", ");
+        let message = format!("{RANKS} must divide the {heads} query heads of the model: one of {sizes}, not {n}");
+        Err(Invalid::new(RANKS, message))
+    }
+
+    fn check_ranks_on(&self, device: DeviceKind) -> Result<(), Invalid> {
+        if device == DeviceKind::Cpu || self.sequence_parallel_size == 1 {
+            return Ok(());
+        }
+        let message = format!(
+            "{RANKS} must be 1 on a GPU, where jobs do not train on several yet: leave it out, or set training.device to cpu"
+        );
+        Err(Invalid::new(RANKS, message))
     }
 
     /// Checks every number against its documented range; `prefix` is the JSON path of the object (`training`).
@@ -208,6 +246,7 @@ impl TrainingSpec {
         counted("gradient_accumulation_steps", Some(u64::from(self.gradient_accumulation_steps)), 65_536)?;
         counted("checkpoint_interval", self.checkpoint_interval, 100_000_000)?;
         counted("evaluation_interval", self.evaluation_interval, 100_000_000)?;
+        counted("sequence_parallel_size", Some(u64::from(self.sequence_parallel_size)), MAX_SEQUENCE_PARALLEL_SIZE)?;
         within("warmup_steps", self.warmup_steps as f64, 0.0, 1e8)?;
         within("learning_rate", self.learning_rate, 0.0, 10.0)?;
         within("min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)?;
@@ -221,6 +260,9 @@ impl TrainingSpec {
             let message =
                 format!("{prefix}.precision must be bf16 on a GPU: leave it out, or set {prefix}.device to cpu");
             return refuse("precision", message);
+        }
+        if let Some(device) = self.device {
+            self.check_ranks_on(device)?;
         }
         if self.learning_rate == 0.0 {
             return refuse("learning_rate", "learning_rate must be above 0".into());

@@ -21,7 +21,8 @@ pub enum Slot {
     HostWeights,
     /// Where layers visit the device, two at once: those in host memory, and with several ranks all.
     LayerWeights,
-    /// With several ranks: embedding or head, and the last norm, whole.
+    /// With several ranks: embedding or head, and the last norm, whole. Between steps the former is free, and pieces of a
+    /// checkpoint pass through it.
     VocabularyWeights,
     NormWeights,
     /// Their gradients, and AdamW's two moments, flat, wide.

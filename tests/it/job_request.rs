@@ -1,9 +1,12 @@
 //! Requests to make a job: what they become, and the exact complaint about every value that cannot be used.
 
-use longhaul::domain::{
-    JobRequest, TrainingSpec,
-    machine::DeviceKind,
-    training::{LongDocuments, Moments, Precision, Schedule},
+use longhaul::{
+    bench::shapes,
+    domain::{
+        JobRequest, TrainingSpec,
+        machine::DeviceKind,
+        training::{LongDocuments, Moments, Precision, Schedule},
+    },
 };
 use serde_json::{Value, json};
 
@@ -37,7 +40,8 @@ fn every_field_of_training_arrives() {
         "sequence_length": 4096, "long_documents": "split", "packing": false, "max_steps": 7,
         "gradient_accumulation_steps": 3, "learning_rate": 2e-4, "schedule": "linear", "warmup_steps": 5,
         "min_lr_ratio": 0.0, "weight_decay": 0.0, "beta1": 0.8, "beta2": 0.99, "epsilon": 1e-6, "max_grad_norm": 0,
-        "checkpoint_interval": 2, "seed": 42, "precision": "bf16", "moments": "bf16", "device": "cpu",
+        "checkpoint_interval": 2, "seed": 42, "precision": "bf16", "moments": "bf16",
+        "sequence_parallel_size": 4, "device": "cpu",
     }));
     let expected = TrainingSpec {
         sequence_length: Some(4096),
@@ -60,6 +64,7 @@ fn every_field_of_training_arrives() {
         seed: 42,
         precision: Some(Precision::Bf16),
         moments: Moments::Bf16,
+        sequence_parallel_size: 4,
         device: Some(DeviceKind::Cpu),
     };
     assert_eq!(spec, expected);
@@ -122,6 +127,7 @@ fn impossible_numbers_are_refused_in_every_field_of_training() {
         "n_epochs",
         "max_steps",
         "gradient_accumulation_steps",
+        "sequence_parallel_size",
         "warmup_steps",
         "checkpoint_interval",
         "evaluation_interval",
@@ -142,6 +148,7 @@ fn impossible_numbers_are_refused_in_every_field_of_training() {
         "n_epochs",
         "max_steps",
         "gradient_accumulation_steps",
+        "sequence_parallel_size",
         "checkpoint_interval",
         "evaluation_interval",
         "learning_rate",
@@ -154,6 +161,7 @@ fn impossible_numbers_are_refused_in_every_field_of_training() {
         ("sequence_length", json!((1u64 << 30) + 1)),
         ("n_epochs", json!(1001)),
         ("gradient_accumulation_steps", json!(65_537)),
+        ("sequence_parallel_size", json!(129)),
         ("seed", json!(2_147_483_648u64)),
         ("learning_rate", json!(10.1)),
         ("min_lr_ratio", json!(1.01)),
@@ -198,6 +206,40 @@ fn precision_and_device_must_go_together() {
         assert_eq!(spec.precision_on(DeviceKind::Cpu), on_cpu, "{training}");
         assert_eq!(spec.precision_on(DeviceKind::Cuda), on_cuda, "{training}");
     }
+}
+
+#[test]
+fn ranks_must_divide_the_heads_and_stay_off_gpus() {
+    let read = |training: Value| JobRequest::read(&body(json!({"training": training})));
+    let refused = read(json!({"sequence_parallel_size": 2, "device": "cuda"})).expect_err("one rank a GPU");
+    assert_eq!(refused.param, "training.sequence_parallel_size");
+    assert!(refused.message.contains("set training.device to cpu"), "{refused}");
+    assert!(read(json!({"sequence_parallel_size": 1, "device": "cuda"})).is_ok());
+
+    let model = shapes::named("llama-3.1-8b").unwrap();
+    for (size, device, names) in [
+        (3, DeviceKind::Cpu, Some("32 query heads of the model: one of 1, 2, 4, 8, 16, 32, not 3")),
+        (64, DeviceKind::Cpu, Some("not 64")),
+        (4, DeviceKind::Cuda, Some("must be 1 on a GPU")),
+        (1, DeviceKind::Cuda, None),
+        (32, DeviceKind::Cpu, None),
+    ] {
+        let spec = read(json!({"sequence_parallel_size": size})).unwrap().training;
+        let refused = spec.check_ranks(&model, device).err();
+        assert_eq!(refused.is_some(), names.is_some(), "{size} on {device:?}");
+        if let (Some(refused), Some(names)) = (refused, names) {
+            assert_eq!(refused.param, "training.sequence_parallel_size");
+            assert!(refused.message.contains(names), "{refused}");
+        }
+    }
+}
+
+/// Jobs that were made before the field was.
+#[test]
+fn a_stored_job_without_ranks_has_one() {
+    let mut stored = serde_json::to_value(TrainingSpec::default()).unwrap();
+    assert_eq!(stored.as_object_mut().unwrap().remove("sequence_parallel_size"), Some(json!(1)));
+    assert_eq!(serde_json::from_value::<TrainingSpec>(stored).unwrap(), TrainingSpec::default());
 }
 
 #[test]

@@ -2,6 +2,7 @@
 
 use std::{
     collections::BTreeMap,
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -76,7 +77,21 @@ impl Weights {
 
     /// Reads a float tensor of this shape as f32 values, in order, in pieces; `sink` gets the index of the first element of
     /// each piece.
-    pub fn read(&self, name: &str, shape: &[u64], mut sink: impl FnMut(u64, &[f32]) -> Result) -> Result {
+    pub fn read(&self, name: &str, shape: &[u64], sink: impl FnMut(u64, &[f32]) -> Result) -> Result {
+        self.read_part(name, shape, 0..shape.iter().product(), sink)
+    }
+
+    /// Reads these elements of it in the same way, and nothing else of the file.
+    ///
+    /// # Panics
+    /// When a tensor of this shape does not have them.
+    pub fn read_part(
+        &self,
+        name: &str,
+        shape: &[u64],
+        elements: Range<u64>,
+        mut sink: impl FnMut(u64, &[f32]) -> Result,
+    ) -> Result {
         let Some(home) = self.home.get(name) else {
             return refuse(format!("tensor {name} is missing from the model's weight files"));
         };
@@ -92,9 +107,10 @@ impl Weights {
                 stored.dtype
             ));
         }
-        let bytes = &shard.map[stored.start..stored.end];
-        let mut piece = Vec::with_capacity(PIECE_ELEMENTS);
         let width = width(stored.dtype).expect("open keeps only tensors of a known width");
+        let at = |element: u64| element as usize * width;
+        let bytes = &shard.map[stored.start..stored.end][at(elements.start)..at(elements.end)];
+        let mut piece = Vec::with_capacity(PIECE_ELEMENTS);
         for (i, chunk) in bytes.chunks(PIECE_ELEMENTS * width).enumerate() {
             piece.clear();
             match stored.dtype {
@@ -102,7 +118,7 @@ impl Weights {
                 Dtype::BF16 => piece.extend(chunk.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]]).to_f32())),
                 _ => piece.extend(chunk.chunks_exact(2).map(|b| f16::from_le_bytes([b[0], b[1]]).to_f32())),
             }
-            sink((i * PIECE_ELEMENTS) as u64, &piece)?;
+            sink(elements.start + (i * PIECE_ELEMENTS) as u64, &piece)?;
         }
         Ok(())
     }
@@ -238,8 +254,8 @@ pub fn write(
 }
 
 /// Groups of consecutive tensors of at most `limit` bytes each (one tensor may be larger alone).
-pub fn shards(tensors: &[Planned], limit: u64) -> Vec<std::ops::Range<usize>> {
-    let mut out: Vec<std::ops::Range<usize>> = Vec::new();
+pub fn shards(tensors: &[Planned], limit: u64) -> Vec<Range<usize>> {
+    let mut out: Vec<Range<usize>> = Vec::new();
     let mut bytes = 0;
     for (i, tensor) in tensors.iter().enumerate() {
         match out.last_mut() {

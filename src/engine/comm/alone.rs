@@ -62,6 +62,8 @@ impl<B: Backend> Comm<B> for Alone {
         Ok(Self)
     }
 
+    fn abort(&self, _: String) {}
+
     fn check(&self) -> Result {
         Ok(())
     }

@@ -3,7 +3,7 @@
 use super::{Alone, Comm};
 use crate::engine::{
     backend::{Backend, Stream},
-    error::Result,
+    error::{Error, Result},
 };
 
 /// A rank's groups: all ranks, among which weights, gradients and states are dealt, and those that share its sequence.
@@ -29,6 +29,16 @@ impl<C> Groups<C> {
         let rank = world.rank() as u64;
         let sequence = world.split(rank / n_sequence_ranks, rank % n_sequence_ranks)?;
         Ok(Self { world, sequence })
+    }
+
+    /// Tells the other ranks that this one cannot go on, and why; not where it only follows another.
+    pub fn give_up<B: Backend>(&self, error: &Error)
+    where
+        C: Comm<B>,
+    {
+        if !matches!(error, Error::PeerLost { .. }) {
+            self.world.abort(format!("failed: {error}"));
+        }
     }
 }
 

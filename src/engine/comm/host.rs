@@ -77,6 +77,11 @@ impl<T: Transport> HostComm<T> {
         Ok(Self { transport: Arc::clone(&self.transport), members, rank })
     }
 
+    /// As [`Comm::abort`].
+    pub fn abort(&self, cause: String) {
+        self.give_up(self.rank, cause);
+    }
+
     /// What every rank gives, of any length, in the order of ranks.
     pub(super) fn gather_bytes(&mut self, own: Vec<u8>) -> Result<Vec<Message>> {
         let own: Message = Arc::new(own);
@@ -238,6 +243,10 @@ impl<B: Backend, T: Transport> Comm<B> for HostComm<T> {
 
     fn split(&mut self, color: u64, key: u64) -> Result<Self> {
         self.split(color, key)
+    }
+
+    fn abort(&self, cause: String) {
+        self.abort(cause);
     }
 
     fn check(&self) -> Result {

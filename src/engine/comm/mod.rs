@@ -71,6 +71,9 @@ pub trait Comm<B: Backend>: Sized {
     /// Cuts the group into one group for each `color`, ranked by `key`, then by rank here (as `MPI_Comm_split`). Every rank of
     /// this group calls it and gets its own new group; this one remains.
     fn split(&mut self, color: u64, key: u64) -> Result<Self>;
+    /// Declares this rank lost to all ranks of its world, also those of other groups, as `MPI_Abort`. `cause` reads on from
+    /// the rank's name.
+    fn abort(&self, cause: String);
     /// Fails if a rank is known to be lost. After waiting for a stream this tells whether what was queued on it was done or
     /// given up.
     fn check(&self) -> Result;

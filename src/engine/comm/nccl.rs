@@ -132,6 +132,10 @@ impl Comm<Cuda> for Nccl {
         Ok(Self { communicators: Arc::clone(&self.communicators), index, watch: self.watch.clone(), control })
     }
 
+    fn abort(&self, cause: String) {
+        self.control.abort(cause);
+    }
+
     fn check(&self) -> Result {
         self.control.check()?;
         self.communicators.check(self.index).map_err(|error| blame(&self.watch, error))

@@ -41,8 +41,8 @@ pub struct Bound {
     /// All weights, a row a parameter, and all gradients, flat.
     pub weights: Split,
     pub grads: Tensor,
-    /// Which parameters these are.
-    pub share: Share,
+    /// Which parameters each rank's are.
+    pub shares: Vec<Share>,
     /// Every parameter of the model, its tensor a place where all could lie.
     pub named: Vec<Named>,
     pub optimizer: OptimizerOffload,
@@ -229,7 +229,7 @@ pub fn bind<B: Backend>(b: &B, plan: &Plan, rank: u64, config: &ModelConfig, spi
     let part = |n| shards::part(n, world);
     let sizes = shards::units(config);
     let parts: Vec<u64> = sizes.iter().copied().map(part).collect();
-    let share = Share::new(&sizes, rank, part);
+    let shares: Vec<Share> = (0..world).map(|rank| Share::new(&sizes, rank, part)).collect();
     let (weights, grads) = (binding.weights(&parts), binding.tensor(Slot::Gradients));
     let own = units(weights, &parts, config.tie_word_embeddings);
     let flat_grads = Split::resident(grads.shaped(grads.elements(), 1));
@@ -243,7 +243,7 @@ pub fn bind<B: Backend>(b: &B, plan: &Plan, rank: u64, config: &ModelConfig, spi
     };
     let scalars = binding.tensor(Slot::Scalars);
     let named = shapes.named(config);
-    let groups = groups(&named, &share);
+    let groups = groups(&named, &shares[rank as usize]);
     let loss_work = loss::Work {
         norm: binding.tensor(Slot::LossNorm),
         logits: binding.tensor(Slot::Logits),
@@ -273,7 +273,7 @@ pub fn bind<B: Backend>(b: &B, plan: &Plan, rank: u64, config: &ModelConfig, spi
     };
     let scalars = optim::Scalars { sum_squares: scalars.rows(2, 3), scale: scalars.rows(3, 4) };
     let optimizer = binding.optimizer();
-    Ok(Bound { model, weights, grads, share, named, optimizer, groups, scalars })
+    Ok(Bound { model, weights, grads, shares, named, optimizer, groups, scalars })
 }
 
 /// What the rank owns, in runs that are updated alike.

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, path::Path, time::Instant};
 
 use super::{
-    Observer, Outcome,
+    Observer, Outcome, Stop,
     order::Order,
     prepare, saved,
     session::{Session, Totals},
@@ -11,12 +11,13 @@ use super::{
 use crate::{
     domain::{
         ModelConfig, RunSpec, TrainingSpec,
-        progress::{Evaluation, StepMetrics},
+        progress::{Evaluation, StepMetrics, WrittenCheckpoint},
         training,
     },
     engine::{
         Error, Result,
         backend::{AdamW, Backend},
+        comm::{Comm, Groups},
         data::{Dataset, Sequence},
         model::Batch,
         optim::schedule::{Schedule, Shape},
@@ -29,6 +30,17 @@ pub(super) struct Data {
     pub training: Dataset,
     pub validation: Option<Dataset>,
     pub order: Order,
+    /// Sequences are padded at their end to a multiple of so many tokens.
+    pub multiple: u64,
+}
+
+impl Data {
+    /// A sequence as every rank takes it.
+    fn sequence(&self, of: &Dataset, epoch: u64, index: u64) -> Sequence {
+        let mut sequence = of.sequence(epoch, index);
+        sequence.pad(self.multiple);
+        sequence
+    }
 }
 
 /// What a run has come to; written with every checkpoint, read back on resume.
@@ -43,9 +55,9 @@ pub struct Progress {
     pub valid_loss: Option<f64>,
 }
 
-struct Job<'a, B> {
+struct Job<'a, B, C> {
     run: &'a RunSpec,
-    session: Session<B>,
+    session: Session<B, C>,
     data: &'a Data,
     schedule: Schedule,
     progress: Progress,
@@ -53,9 +65,11 @@ struct Job<'a, B> {
     steps_timed: u64,
 }
 
-/// Trains the run to its end on this backend, or until the observer wants it to stop.
-pub(super) fn train<B: Backend>(
+/// Trains the run to its end as one of its ranks, or until the observer of rank 0 wants it to stop. Every rank has the same
+/// outcome; one that fails tells the others why, and they fail in the call they are in.
+pub(super) fn train<B: Backend, C: Comm<B>>(
     backend: B,
+    groups: Groups<C>,
     run: &RunSpec,
     config: &ModelConfig,
     plan: &Plan,
@@ -64,16 +78,11 @@ pub(super) fn train<B: Backend>(
 ) -> Result<Outcome> {
     // Told only once the device is open: one that is not there trains nothing as planned.
     prepare::announce(plan, config, run, observer);
-    let mut session = Session::new(backend, plan, config, &run.work_dir.join("spill"))?;
-    let progress = if let Some(folder) = &run.resume_from {
-        saved::resume(&mut session, folder)?
-    } else {
-        saved::load_base(&mut session, &run.model)?;
-        Progress::default()
-    };
+    let session = Session::among(backend, groups, plan, config, &run.work_dir.join("spill"))?;
     let schedule = schedule(&run.training, data.order.total_steps);
+    let progress = Progress::default();
     let mut job = Job { run, session, data, schedule, progress, seconds: 0.0, steps_timed: 0 };
-    job.steps(observer)
+    job.train(observer).inspect_err(|error| job.session.groups.give_up(error))
 }
 
 fn schedule(spec: &TrainingSpec, total_steps: u64) -> Schedule {
@@ -91,19 +100,27 @@ fn schedule(spec: &TrainingSpec, total_steps: u64) -> Schedule {
     }
 }
 
-impl<B: Backend> Job<'_, B> {
+impl<B: Backend, C: Comm<B>> Job<'_, B, C> {
+    fn train(&mut self, observer: &mut dyn Observer) -> Result<Outcome> {
+        match &self.run.resume_from {
+            Some(folder) => self.progress = saved::resume(&mut self.session, folder)?,
+            None => saved::load_base(&mut self.session, &self.run.model)?,
+        }
+        self.steps(observer)
+    }
+
     fn steps(&mut self, observer: &mut dyn Observer) -> Result<Outcome> {
         let total = self.data.order.total_steps;
         if self.progress.step == 0 {
             self.evaluate(observer)?;
         }
         for (epoch, i) in self.data.order.of_step(self.progress.step + 1) {
-            self.session.prepare(&self.data.training.sequence(epoch, i).documents)?;
+            self.session.prepare(&self.data.sequence(&self.data.training, epoch, i).documents)?;
         }
         // Whether the state in memory is already in a checkpoint folder.
         let mut written = self.run.resume_from.is_some();
         while self.progress.step < total {
-            if let Some(stop) = observer.stop_wanted() {
+            if let Some(stop) = self.stop_wanted(observer)? {
                 if stop.checkpoint && !written && self.progress.step > 0 {
                     self.checkpoint(observer, false)?;
                 }
@@ -125,11 +142,21 @@ impl<B: Backend> Job<'_, B> {
         Ok(Outcome::Finished { trained_tokens: self.progress.tokens_seen })
     }
 
+    /// The wish of rank 0's observer, the same on every rank.
+    fn stop_wanted(&mut self, observer: &dyn Observer) -> Result<Option<Stop>> {
+        let world = &mut self.session.groups.world;
+        let wish = observer.stop_wanted().filter(|_| world.rank() == 0);
+        let mut counts = [wish.is_some(), wish.is_some_and(|stop| stop.checkpoint)].map(u64::from);
+        world.all_reduce_counts(&mut counts)?;
+        Ok((counts[0] > 0).then_some(Stop { checkpoint: counts[1] > 0 }))
+    }
+
     fn step(&mut self, observer: &mut dyn Observer) -> Result {
         let start = Instant::now();
         let step = self.progress.step + 1;
         let places = self.data.order.of_step(step);
-        let sequences: Vec<Sequence> = places.map(|(epoch, i)| self.data.training.sequence(epoch, i)).collect();
+        let data = self.data;
+        let sequences: Vec<Sequence> = places.map(|(epoch, i)| data.sequence(&data.training, epoch, i)).collect();
         let batches: Vec<Batch> = sequences.iter().map(batch).collect();
         let spec = &self.run.training;
         let hyper = AdamW {
@@ -182,7 +209,7 @@ impl<B: Backend> Job<'_, B> {
         let Some(validation) = &self.data.validation else { return Ok(()) };
         let mut totals = Totals::default();
         for i in 0..validation.sequences_per_epoch() {
-            let sequence = validation.sequence(0, i);
+            let sequence = self.data.sequence(validation, 0, i);
             let one = self.session.evaluate([batch(&sequence)])?;
             totals.loss += one.loss;
             totals.correct += one.correct;
@@ -203,11 +230,12 @@ impl<B: Backend> Job<'_, B> {
         let mut metrics = BTreeMap::from([("step".to_owned(), self.progress.step as f64)]);
         metrics.extend(self.progress.train_loss.map(|loss| ("train_loss".to_owned(), loss)));
         metrics.extend(self.progress.valid_loss.map(|loss| ("valid_loss".to_owned(), loss)));
-        let mut checkpoint = saved::write(&mut self.session, self.progress, &self.run.model, &folder)?;
-        checkpoint.last = last;
-        checkpoint.metrics = metrics;
-        checkpoint.trained_tokens = self.progress.tokens_seen;
-        observer.checkpoint(&checkpoint);
+        let written = saved::write(&mut self.session, self.progress, &self.run.model, &folder)?;
+        // Rank 0 wrote for all.
+        if let Some(checkpoint) = written {
+            let trained_tokens = self.progress.tokens_seen;
+            observer.checkpoint(&WrittenCheckpoint { metrics, last, trained_tokens, ..checkpoint });
+        }
         Ok(())
     }
 }

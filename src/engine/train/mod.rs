@@ -1,19 +1,17 @@
 //! The step loop: data, forward, backward, update, checkpoint; the engine's door.
 
 pub mod bind;
+mod gather;
 mod job;
 pub mod order;
 mod prepare;
+mod ranks;
 pub mod saved;
 pub mod session;
 
 pub use job::Progress;
 
-use super::{
-    backend::{cpu::Cpu, cuda::Cuda},
-    checkpoint::huggingface,
-    error::Result,
-};
+use super::{backend::cuda::Cuda, checkpoint::huggingface, comm::Groups, error::Result};
 use crate::domain::{
     Event, Invalid, ModelConfig, RunSpec,
     machine::DeviceKind,
@@ -54,21 +52,18 @@ pub fn train(run: &RunSpec, observer: &mut dyn Observer) -> Result<Outcome> {
     job::prepare(&run.work_dir)?;
     let config = ModelConfig::from_config_text(&huggingface::config_text(&run.model)?)?;
     config.check_on(run.machine.device)?;
+    run.training.check_ranks(&config, run.machine.device)?;
     let (data, plan) = prepare::data_and_plan(run, &config, observer)?;
     observer.data(&prepare::summary(&data));
     if run.inspect_only {
         return Ok(Outcome::Finished { trained_tokens: 0 });
     }
-    let threads = std::thread::available_parallelism().map_or(1, Into::into);
     match (run.machine.device, plan.precision) {
-        (DeviceKind::Cpu, Precision::F32) => {
-            job::train(Cpu::<f32>::new(threads)?, run, &config, &plan, &data, observer)
-        }
-        (DeviceKind::Cpu, Precision::Bf16) => {
-            job::train(Cpu::<half::bf16>::new(threads)?, run, &config, &plan, &data, observer)
-        }
+        (DeviceKind::Cpu, Precision::F32) => ranks::train::<f32>(run, &config, &plan, &data, observer),
+        (DeviceKind::Cpu, Precision::Bf16) => ranks::train::<half::bf16>(run, &config, &plan, &data, observer),
         (DeviceKind::Cuda, Precision::Bf16) => {
-            job::train(Cuda::open(run.gpu, &run.libraries)?, run, &config, &plan, &data, observer)
+            let gpu = Cuda::open(run.gpu, &run.libraries)?;
+            job::train(gpu, Groups::alone(), run, &config, &plan, &data, observer)
         }
         (DeviceKind::Cuda, Precision::F32) => {
             let message = "a GPU trains in bf16: leave training.precision out, or set training.device to cpu";

@@ -12,7 +12,7 @@ use crate::{
         Result,
         data::{Corpus, Dataset, Tokenizer, pack::Settings},
     },
-    plan::{self, Forced, Plan, Request},
+    plan::{self, Forced, Plan, Ranks, Request},
 };
 
 /// What every document is padded to: attention kernels of GPUs want whole blocks of keys, the CPU does not care.
@@ -32,22 +32,27 @@ pub(super) fn data_and_plan(run: &RunSpec, config: &ModelConfig, observer: &mut 
     let validation = open_validation(&run.validation_files, &tokenizer, &folder)?;
 
     let pad_to = pad_to(run.machine.device);
+    let ranks = Ranks { sequence: u64::from(spec.sequence_parallel_size), data: 1 };
+    // A rank's part of a sequence is padded as a document is.
+    let multiple = pad_to * ranks.sequence;
     let longest_document = (0..training.n_documents()).map(|i| training.length(i)).max().unwrap_or(0);
-    let asked = spec.sequence_length.unwrap_or(longest_document).max(2).next_multiple_of(pad_to);
+    // What is packed into a sequence does not depend on the number of ranks; only the padding at its end does.
+    let mut sequence_length = spec.sequence_length.unwrap_or(longest_document).max(2).next_multiple_of(pad_to);
     let request = Request {
         model: config,
         precision: spec.precision_on(run.machine.device),
         moments: spec.moments,
-        tokens: asked,
+        tokens: sequence_length.next_multiple_of(multiple),
         micro_batches: u64::from(spec.gradient_accumulation_steps),
         machine: &run.machine,
-        forced: Forced::default(),
+        forced: Forced { ranks: Some(ranks), ..Forced::default() },
     };
     let plan = match plan::plan(&request) {
         Ok(plan) => plan,
         // Nobody asked for this length: where documents may be cut, the longest that fits will do.
         Err(refusal) if spec.sequence_length.is_none() && spec.long_documents != LongDocuments::Refuse => {
-            let tokens = refusal.longest_tokens;
+            let tokens = (refusal.longest_tokens / multiple * multiple).max(multiple);
+            sequence_length = tokens;
             observer.event(Event::message(
                 Level::Warn,
                 format!(
@@ -58,17 +63,17 @@ pub(super) fn data_and_plan(run: &RunSpec, config: &ModelConfig, observer: &mut 
         }
         Err(refusal) => return Err(Invalid::from(refusal).into()),
     };
-    if plan.tokens > config.max_position_embeddings {
+    if sequence_length > config.max_position_embeddings {
         observer.event(Event::message(
             Level::Warn,
             format!(
                 "sequences of {} tokens are longer than the {} positions the model was made for",
-                plan.tokens, config.max_position_embeddings
+                sequence_length, config.max_position_embeddings
             ),
         ));
     }
     let settings = Settings {
-        sequence_length: plan.tokens,
+        sequence_length,
         pad_to,
         packing: spec.packing,
         long_documents: spec.long_documents,
@@ -83,7 +88,7 @@ pub(super) fn data_and_plan(run: &RunSpec, config: &ModelConfig, observer: &mut 
         (Some(steps), _) => Order::steps(n, per_step, steps),
         (None, epochs) => Order::epochs(n, per_step, u64::from(epochs.unwrap_or(1))),
     };
-    Ok((Data { training, validation, order }, plan))
+    Ok((Data { training, validation, order, multiple }, plan))
 }
 
 fn open_validation(files: &[DataFile], tokenizer: &Tokenizer, folder: &std::path::Path) -> Result<Option<Corpus>> {
@@ -106,8 +111,12 @@ pub(super) fn summary(data: &Data) -> DataSummary {
 /// Tells what the machine will do.
 pub(super) fn announce(plan: &Plan, config: &ModelConfig, run: &RunSpec, observer: &mut dyn Observer) {
     let choice = &plan.choice;
+    let ranks = match choice.ranks.sequence {
+        1 => String::new(),
+        n => format!(", {n} ranks to a sequence"),
+    };
     let message = format!(
-        "planned on {} in {}: sequences of up to {} tokens in chunks of {}, {} of {} layer inputs kept, {:.2} GiB at the \
+        "planned on {} in {}{ranks}: sequences of up to {} tokens in chunks of {}, {} of {} layer inputs kept, {:.2} GiB at the \
          peak, about {:.1} s a full sequence",
         run.machine.device_name,
         plan.precision.as_str(),

@@ -1,11 +1,13 @@
 //! A session's state to and from folders: base weights in, checkpoints out, a run resumed.
 //!
 //! A checkpoint folder is a Hugging Face model, and under `resume/` what continuing needs bit for bit: both moments, the
-//! masters' low halves, and how far the run had come. Tensors go by parameter name, so that the layout in memory is free.
+//! masters' low halves, and how far the run had come. Tensors go by parameter name and whole, so that the layout in memory and
+//! the number of ranks are free: each rank reads what it owns, and what each owns is gathered piece by piece to rank 0, which
+//! writes. No rank ever holds more than its part.
 
 use std::path::Path;
 
-use super::{job::Progress, session::Session};
+use super::{gather::gather, job::Progress, session::Session};
 use crate::{
     domain::{Invalid, progress::WrittenCheckpoint},
     engine::{
@@ -17,19 +19,18 @@ use crate::{
             safetensors::{Planned, Weights, write as write_tensors},
             staging::{HashingWriter, Staging},
         },
-        model::params::Named,
+        comm::Comm,
+        model::{params::Named, share::Part},
     },
 };
 
-/// Bytes moved between device and file at once.
-const PIECE_BYTES: u64 = 4 << 20;
 /// Version of the resume state; another version is refused by name rather than misread.
 const VERSION: u64 = 1;
 
-/// Weights of a base model's folder into the session, checked name by name against the config.
-pub fn load_base<B: Backend>(session: &mut Session<B>, folder: &Path) -> Result {
+/// Loads a base model's folder into the session, checked name by name against the config: of each parameter what the rank owns.
+pub fn load_base<B: Backend, C: Comm<B>>(session: &mut Session<B, C>, folder: &Path) -> Result {
     let weights = Weights::open(folder)?;
-    let parameters = session.weights();
+    let parameters = session.parameters().to_vec();
     for name in weights.names() {
         let tied_head = name == "lm_head.weight" && !parameters.iter().any(|p| p.name == name);
         // Old exports carry the rotary frequencies, which follow from the config.
@@ -39,19 +40,28 @@ pub fn load_base<B: Backend>(session: &mut Session<B>, folder: &Path) -> Result 
             return Err(Invalid::with_code("invalid_model", "model", message).into());
         }
     }
-    let low = session.optimizer().low;
-    for Named { name, shape, tensor, first } in parameters {
-        weights.read(&name, &shape, |begin, values| {
-            let to = tensor.part(begin, values.len() as u64);
-            session.backend.upload(to, &encode(values, tensor.dtype))?;
+    let (flat, low) = (session.flat_weights(), session.optimizer().low);
+    for parameter in parameters {
+        let Part { first, n, at } = own(session, &parameter);
+        let first = first - parameter.first;
+        weights.read_part(&parameter.name, &parameter.shape, first..first + n, |begin, values| {
+            let at = at + begin - first;
+            let rows = |flat: Split| flat.rows(at, at + values.len() as u64);
+            upload(&mut session.backend, rows(flat), &encode(values, flat.device.dtype))?;
             let Some(low) = low else { return Ok(()) };
             // The master is the stored weight to its last bit, also where storage rounds it.
-            let at = first + begin;
             let halves: Vec<u8> = values.iter().flat_map(|v| adamw::parts(*v).1.to_le_bytes()).collect();
-            upload(&mut session.backend, low.rows(at, at + values.len() as u64), &halves)
+            upload(&mut session.backend, rows(low), &halves)
         })?;
     }
     Ok(())
+}
+
+/// What this rank owns of a parameter: one run, since a parameter lies in one unit, or none of its elements.
+fn own<B: Backend, C: Comm<B>>(session: &Session<B, C>, parameter: &Named) -> Part {
+    let rank = session.groups.world.rank();
+    let own = session.owners(parameter).find(|(owner, _)| *owner == rank);
+    own.map_or(Part { first: parameter.first, n: 0, at: 0 }, |(_, part)| part)
 }
 
 fn encode(values: &[f32], dtype: DType) -> Vec<u8> {
@@ -62,47 +72,34 @@ fn encode(values: &[f32], dtype: DType) -> Vec<u8> {
     }
 }
 
-/// A tensor of a file: its name and shape, and where its elements are, piece by piece.
+/// A tensor of a file: its name, the parameter that it is or belongs to, and in what of each rank its elements are.
 struct Stored {
     name: String,
-    shape: Vec<u64>,
-    pieces: Vec<Tensor>,
+    parameter: Named,
+    flat: Split,
 }
 
 impl Stored {
     fn dtype(&self) -> DType {
-        self.pieces[0].dtype
+        self.flat.device.dtype
     }
 
-    fn elements(&self) -> u64 {
-        self.pieces.iter().map(Tensor::elements).sum()
-    }
-}
-
-impl From<Named> for Stored {
-    fn from(Named { name, shape, tensor, .. }: Named) -> Self {
-        Self { name, shape, pieces: vec![tensor] }
+    fn planned(&self) -> Planned {
+        Planned { name: self.name.clone(), dtype: self.dtype(), shape: self.parameter.shape.clone() }
     }
 }
 
-/// What is kept beside the weights, by the parameter's name: its moments and its masters' low halves.
-fn resume_tensors<B: Backend>(session: &Session<B>) -> Vec<Stored> {
-    let of = |prefix: &'static str, state: Split| {
-        session.weights().into_iter().map(move |Named { name, shape, tensor, first }| Stored {
-            name: format!("{prefix}.{name}"),
-            shape,
-            pieces: state.rows(first, first + tensor.elements()).collect(),
-        })
+/// The weights, and what is kept beside them by the parameter's name: moments and the masters' low halves.
+fn stored<B: Backend, C: Comm<B>>(session: &Session<B, C>) -> [Vec<Stored>; 2] {
+    let of = |prefix: &str, flat: Split| -> Vec<Stored> {
+        let named = |p: &Named| Stored { name: format!("{prefix}{}", p.name), parameter: p.clone(), flat };
+        session.parameters().iter().map(named).collect()
     };
     let OptimizerOffload { m, v, low, .. } = *session.optimizer();
-    let mut tensors: Vec<Stored> = of("m", m).chain(of("v", v)).collect();
-    tensors.extend(low.into_iter().flat_map(|low| of("low", low)));
-    tensors
-}
-
-fn planned(tensors: &[Stored]) -> Vec<Planned> {
-    let plan = |t: &Stored| Planned { name: t.name.clone(), dtype: t.dtype(), shape: t.shape.clone() };
-    tensors.iter().map(plan).collect()
+    let mut state = of("m.", m);
+    state.extend(of("v.", v));
+    state.extend(low.into_iter().flat_map(|low| of("low.", low)));
+    [of("", session.flat_weights()), state]
 }
 
 /// Copies host bytes into consecutive tensors.
@@ -115,41 +112,47 @@ fn upload<B: Backend>(backend: &mut B, to: impl IntoIterator<Item = Tensor>, mut
     Ok(())
 }
 
-/// Writes one tensor's elements from where they are.
-fn stream<B: Backend>(backend: &mut B, from: &Stored, writer: &mut HashingWriter) -> Result {
-    let mut bytes = Vec::new();
-    for piece in &from.pieces {
-        let n = PIECE_BYTES / piece.dtype.bytes();
-        for first in (0..piece.elements()).step_by(n as usize) {
-            let part = piece.part(first, n.min(piece.elements() - first));
-            bytes.resize(part.bytes() as usize, 0);
-            backend.download(part, &mut bytes)?;
-            writer.put(&bytes)?;
+/// Writes the folder `step-N` under `parent`: whole, synced and hashed, or not at all. `base` is the folder the model came
+/// from, for config and tokenizer. Every rank calls it between two steps; rank 0 writes and answers what it wrote, and nobody goes
+/// on before the folder has its name.
+pub fn write<B: Backend, C: Comm<B>>(
+    session: &mut Session<B, C>,
+    progress: Progress,
+    base: &Path,
+    parent: &Path,
+) -> Result<Option<WrittenCheckpoint>> {
+    session.backend.synchronize()?;
+    let tensors = stored(session);
+    let written = if session.groups.world.rank() == 0 {
+        Some(write_folder(session, &tensors, progress, base, parent)?)
+    } else {
+        // In the order in which rank 0 comes to them.
+        for Stored { parameter, flat, .. } in tensors.iter().flatten() {
+            gather(session, parameter, *flat, |_| Ok(()))?;
         }
-    }
-    Ok(())
+        None
+    };
+    session.groups.world.barrier(&mut session.backend)?;
+    Ok(written)
 }
 
-/// Writes the folder `step-N` under `parent`: whole, synced and hashed, or not at all. `base` is the folder the model came
-/// from, for config and tokenizer.
-pub fn write<B: Backend>(
-    session: &mut Session<B>,
+fn write_folder<B: Backend, C: Comm<B>>(
+    session: &mut Session<B, C>,
+    [weights, state]: &[Vec<Stored>; 2],
     progress: Progress,
     base: &Path,
     parent: &Path,
 ) -> Result<WrittenCheckpoint> {
-    session.backend.synchronize()?;
     let folder = format!("step-{}", progress.step);
+    let planned = |tensors: &[Stored]| -> Vec<Planned> { tensors.iter().map(Stored::planned).collect() };
     let mut staging = Staging::begin(parent, &folder)?;
-    let weights: Vec<Stored> = session.weights().into_iter().map(Stored::from).collect();
-    let dtype = session.backend.storage();
-    huggingface::write_companions(&mut staging, base, dtype)?;
-    huggingface::write_weights(&mut staging, &planned(&weights), |writer, i| {
-        stream(&mut session.backend, &weights[i], writer)
-    })?;
-    let resume = resume_tensors(session);
+    huggingface::write_companions(&mut staging, base, session.backend.storage())?;
+    let mut fill = |writer: &mut HashingWriter, Stored { parameter, flat, .. }: &Stored| {
+        gather(session, parameter, *flat, |bytes| writer.put(bytes))
+    };
+    huggingface::write_weights(&mut staging, &planned(weights), |writer, i| fill(writer, &weights[i]))?;
     staging.write("resume/optimizer.safetensors", |writer| {
-        write_tensors(writer, &planned(&resume), |writer, i| stream(&mut session.backend, &resume[i], writer))
+        write_tensors(writer, &planned(state), |writer, i| fill(writer, &state[i]))
     })?;
     let state = serde_json::json!({ "version": VERSION, "progress": progress });
     staging.write_bytes("resume/progress.json", format!("{state:#}\n").as_bytes())?;
@@ -157,20 +160,28 @@ pub fn write<B: Backend>(
     Ok(WrittenCheckpoint { step: progress.step, folder, files, ..WrittenCheckpoint::default() })
 }
 
-/// Brings a session to where a checkpoint left it.
-pub fn resume<B: Backend>(session: &mut Session<B>, folder: &Path) -> Result<Progress> {
-    let weights = Weights::open(folder)?;
-    for Named { name, tensor, .. } in session.weights() {
-        let bytes = weights.bytes(&name, tensor.dtype, tensor.elements())?;
-        session.backend.upload(tensor, bytes)?;
+/// Brings a session to where a checkpoint left it, however many ranks wrote it.
+pub fn resume<B: Backend, C: Comm<B>>(session: &mut Session<B, C>, folder: &Path) -> Result<Progress> {
+    let [weights, state] = stored(session);
+    read(session, &Weights::open(folder)?, &weights)?;
+    read(session, &Weights::open_files([folder.join("resume/optimizer.safetensors")])?, &state)?;
+    progress(&folder.join("resume/progress.json"))
+}
+
+/// Reads what the rank owns of each tensor.
+fn read<B: Backend, C: Comm<B>>(session: &mut Session<B, C>, files: &Weights, tensors: &[Stored]) -> Result {
+    for stored in tensors {
+        let Stored { name, parameter, flat } = stored;
+        let bytes = files.bytes(name, stored.dtype(), parameter.elements())?;
+        let Part { first, n, at } = own(session, parameter);
+        let (first, byte) = (first - parameter.first, |element: u64| (element * stored.dtype().bytes()) as usize);
+        upload(&mut session.backend, flat.rows(at, at + n), &bytes[byte(first)..byte(first + n)])?;
     }
-    let state = Weights::open_files([folder.join("resume/optimizer.safetensors")])?;
-    for stored in resume_tensors(session) {
-        let bytes = state.bytes(&stored.name, stored.dtype(), stored.elements())?;
-        upload(&mut session.backend, stored.pieces, bytes)?;
-    }
-    let path = folder.join("resume/progress.json");
-    let text = std::fs::read_to_string(&path).map_err(Error::file(&path))?;
+    Ok(())
+}
+
+fn progress(path: &Path) -> Result<Progress> {
+    let text = std::fs::read_to_string(path).map_err(Error::file(path))?;
     let refuse = |message: String| Error::from(Invalid::with_code("invalid_checkpoint", "checkpoint", message));
     let value: serde_json::Value =
         serde_json::from_str(&text).map_err(|error| refuse(format!("{}: {error}", path.display())))?;

@@ -10,7 +10,7 @@ use crate::{
         alst::optimizer_offload::OptimizerOffload,
         backend::{AdamW, Backend, DType, Split, Tensor},
         comm::{Alone, Comm, Groups, in_turn},
-        model::{Batch, MemoryProof, Params, params::Named},
+        model::{Batch, MemoryProof, Params, params::Named, share::Part},
         optim,
     },
     plan::{Plan, Ranks},
@@ -91,12 +91,16 @@ impl<B: Backend, C: Comm<B>> Session<B, C> {
         let Ranks { sequence, .. } = plan.choice.ranks;
         let (rank, n_ranks) = (groups.world.rank() as u64, groups.world.n_ranks() as u64);
         assert_eq!(n_ranks, plan.choice.ranks.world(), "ranks of the plan");
-        backend.reserve(plan.layout.bytes, plan.layout.host_bytes)?;
-        let bound = bind(&backend, plan, rank, config, spill)?;
-        for moment in [bound.optimizer.m, bound.optimizer.v] {
-            backend.fill(moment.host, 0.0)?;
-            backend.fill(moment.device, 0.0)?;
-        }
+        let mut lay_out = || {
+            backend.reserve(plan.layout.bytes, plan.layout.host_bytes)?;
+            let bound = bind(&backend, plan, rank, config, spill)?;
+            for moment in [bound.optimizer.m, bound.optimizer.v] {
+                backend.fill(moment.host, 0.0)?;
+                backend.fill(moment.device, 0.0)?;
+            }
+            Ok(bound)
+        };
+        let bound = lay_out().inspect_err(|error| groups.give_up(error))?;
         Ok(Self { backend, groups, bound, n_sequence_ranks: sequence, valid_labels: 0 })
     }
 
@@ -113,8 +117,8 @@ impl<B: Backend, C: Comm<B>> Session<B, C> {
     /// What this rank owns of a parameter, in `flat`, which is the rank's weights or a part of its state: the first element's
     /// index in the parameter, and a column of elements, piece by piece.
     pub fn owned(&self, parameter: &Named, flat: Split) -> Vec<(u64, Tensor)> {
-        let range = parameter.first..parameter.first + parameter.elements();
-        let pieces = self.bound.share.of(range).flat_map(|part| {
+        let own = self.owners(parameter).filter(|(rank, _)| *rank == self.groups.world.rank());
+        let pieces = own.flat_map(|(_, part)| {
             let mut first = part.first - parameter.first;
             flat.rows(part.at, part.at + part.n).map(move |place| {
                 first += place.rows;
@@ -122,6 +126,18 @@ impl<B: Backend, C: Comm<B>> Session<B, C> {
             })
         });
         pieces.collect()
+    }
+
+    /// Which rank owns what of a parameter, in the order of its elements.
+    pub fn owners(&self, parameter: &Named) -> impl Iterator<Item = (usize, Part)> {
+        let range = parameter.first..parameter.first + parameter.elements();
+        let shares = self.bound.shares.iter().enumerate();
+        shares.flat_map(move |(rank, share)| share.of(range.clone()).map(move |part| (rank, part)))
+    }
+
+    /// Room on the device for a gathered embedding, which holds nothing between steps. None with one rank.
+    pub fn free_between_steps(&self) -> Option<Tensor> {
+        self.bound.model.zero3.outside.map(|outside| outside.embedding.whole)
     }
 
     /// From here on steps prove only that they fit.

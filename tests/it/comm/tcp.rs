@@ -99,6 +99,23 @@ fn large_exchanges_get_through() {
 }
 
 #[test]
+fn a_rank_that_gives_up_is_named_with_its_cause() {
+    let seen = on_threads(world(4), |mut comm| {
+        if comm.rank() == 2 {
+            comm.abort("failed: the disk is full".into());
+            return None;
+        }
+        Some(lost(comm.all_reduce_counts(&mut [1])))
+    });
+    let told: Vec<_> = seen.into_iter().flatten().collect();
+    assert_eq!(told.len(), 3);
+    for (rank, message) in told {
+        assert_eq!(rank, 2);
+        assert!(message.starts_with("rank 2") && message.contains(" failed: the disk is full;"), "{message}");
+    }
+}
+
+#[test]
 fn leaving_when_all_is_done_takes_nothing_from_the_others() {
     for _ in 0..5 {
         on_threads(world(3), |mut comm| {

@@ -104,6 +104,16 @@ fn a_rank_that_ends_early_is_named_by_the_others() {
 }
 
 #[test]
+fn a_rank_that_gives_up_is_named_with_its_cause() {
+    let seen = without_rank_2(|comm| comm.abort("failed: the disk is full".into()));
+    assert_eq!(seen.len(), 3);
+    for (rank, message) in seen {
+        assert_eq!(rank, 2);
+        assert!(message.starts_with("rank 2 failed: the disk is full;"), "{message}");
+    }
+}
+
+#[test]
 fn leaving_when_all_is_done_takes_nothing_from_the_others() {
     for _ in 0..50 {
         on_threads(threads::group(3), |mut comm| Comm::barrier(&mut comm, &mut cpu()).unwrap());

@@ -83,11 +83,12 @@ async fn a_job_echoes_what_was_asked_with_every_default_filled_in() {
 async fn every_number_of_training_out_of_range_is_told_by_its_path() {
     let service = Service::new("numbers").await;
     let file = service.upload("a.txt", b"text").await;
-    let whole: [(&str, u64, u64); 8] = [
+    let whole: [(&str, u64, u64); 9] = [
         ("sequence_length", 2, 1 << 30),
         ("n_epochs", 1, 1000),
         ("max_steps", 1, 100_000_000),
         ("gradient_accumulation_steps", 1, 65_536),
+        ("sequence_parallel_size", 1, 128),
         ("warmup_steps", 0, 100_000_000),
         ("checkpoint_interval", 1, 100_000_000),
         ("evaluation_interval", 1, 100_000_000),
@@ -208,6 +209,27 @@ async fn a_job_is_held_against_the_device_that_would_train_it() {
     let error = post(json!({})).await.error(400, "training.device");
     assert!(error["message"].as_str().unwrap().contains("heads of 12"), "{error}");
     post(json!({"device": "cpu"})).await.json();
+}
+
+#[tokio::test]
+async fn ranks_that_the_model_or_the_device_cannot_have_are_refused() {
+    let service = Service::new("ranks").await;
+    let file = service.upload("a.txt", b"text").await;
+    let post = async |training: Value| service.post(JOBS, &body(&file, json!({"training": training}))).await;
+    service.host_with(&[gpu(64 * GIB), machine(64 * GIB)]).await;
+    let error = post(json!({"sequence_parallel_size": 3, "device": "cpu"})).await;
+    let error = error.error(400, "training.sequence_parallel_size");
+    assert!(error["message"].as_str().unwrap().contains("query heads"), "{error}");
+    // Where nobody says on what, a GPU is what the job would get.
+    for training in [json!({"sequence_parallel_size": 2}), json!({"sequence_parallel_size": 2, "device": "cuda"})] {
+        let error = post(training).await.error(400, "training.sequence_parallel_size");
+        assert!(error["message"].as_str().unwrap().contains("set training.device to cpu"), "{error}");
+    }
+    assert_eq!(service.count("jobs").await, 0);
+    let job = post(json!({"sequence_parallel_size": 2, "device": "cpu"})).await.json();
+    assert_eq!(job["training"]["sequence_parallel_size"], 2);
+    let one = post(json!({})).await.json();
+    assert_eq!(one["training"]["sequence_parallel_size"], 1, "the default is echoed");
 }
 
 #[tokio::test]

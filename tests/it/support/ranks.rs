@@ -5,7 +5,11 @@ use std::thread;
 use longhaul::{
     domain::ModelConfig,
     engine::{
-        backend::{DType, Split, Tensor, cpu::Cpu},
+        Result,
+        backend::{
+            Backend, DType, Split, Tensor,
+            cpu::{Cpu, element::Storage},
+        },
         comm::{Comm, Groups, HostComm, threads},
         model::{Params, params::Named},
         train::session::Session,
@@ -15,11 +19,50 @@ use longhaul::{
 
 use super::model::{self, Random};
 
-/// A rank's session in f64.
-pub type Rank = Session<Cpu<f64>, HostComm<threads::Threads>>;
+/// A rank's session, in f64 unless said otherwise.
+pub type Rank<S = f64> = Session<Cpu<S>, HostComm<threads::Threads>>;
 
 /// Runs `work` on every rank of the plan, and gives what each came to in the order of ranks.
-pub fn on_every_rank<T: Send>(config: &ModelConfig, plan: &Plan, work: impl Fn(&mut Rank) -> T + Sync) -> Vec<T> {
+pub fn on_every_rank<S: Storage, T: Send>(
+    config: &ModelConfig,
+    plan: &Plan,
+    work: impl Fn(&mut Rank<S>) -> T + Sync,
+) -> Vec<T>
+where
+    Cpu<S>: Backend,
+{
+    on_sessions(config, plan, |session| {
+        let done = work(session);
+        // Nobody leaves while another still needs it.
+        Comm::barrier(&mut session.groups.world, &mut session.backend).expect("all ranks are there");
+        done
+    })
+}
+
+/// Runs `work`, which fails on every rank, and gives what each says.
+pub fn failures<S: Storage>(
+    config: &ModelConfig,
+    plan: &Plan,
+    work: impl Fn(&mut Rank<S>) -> Result + Sync,
+) -> Vec<String>
+where
+    Cpu<S>: Backend,
+{
+    on_sessions(config, plan, |session| {
+        let error = work(session).expect_err("no rank goes on");
+        session.groups.give_up::<Cpu<S>>(&error);
+        error.to_string()
+    })
+}
+
+fn on_sessions<S: Storage, T: Send>(
+    config: &ModelConfig,
+    plan: &Plan,
+    work: impl Fn(&mut Rank<S>) -> T + Sync,
+) -> Vec<T>
+where
+    Cpu<S>: Backend,
+{
     let ranks = plan.choice.ranks;
     thread::scope(|scope| {
         let started: Vec<_> = threads::group(ranks.world() as usize)
@@ -27,14 +70,11 @@ pub fn on_every_rank<T: Send>(config: &ModelConfig, plan: &Plan, work: impl Fn(&
             .map(|comm| {
                 let work = &work;
                 scope.spawn(move || {
-                    let cpu = Cpu::<f64>::new(1).expect("a CPU");
-                    let groups = Groups::new::<Cpu<f64>>(comm, ranks.sequence).expect("groups");
+                    let cpu = Cpu::<S>::new(1).expect("a CPU");
+                    let groups = Groups::new::<Cpu<S>>(comm, ranks.sequence).expect("groups");
                     let spill = std::env::temp_dir();
                     let mut session = Session::among(cpu, groups, plan, config, &spill).expect("a session");
-                    let done = work(&mut session);
-                    // Nobody leaves while another still needs it.
-                    Comm::barrier(&mut session.groups.world, &mut session.backend).expect("all ranks are there");
-                    done
+                    work(&mut session)
                 })
             })
             .collect();

@@ -6,7 +6,7 @@
 use std::process::Command;
 
 use longhaul::{
-    domain::RunSpec,
+    domain::{RunSpec, TrainingSpec},
     engine::{Error, train::train},
 };
 
@@ -17,8 +17,19 @@ const RUN: &str = "LONGHAUL_TEST_RUN";
 
 #[test]
 fn a_full_disk_leaves_the_last_checkpoint() {
+    leaves_the_last_checkpoint(1);
+}
+
+/// Rank 0 writes, and ends all of them.
+#[test]
+fn a_full_disk_ends_every_rank() {
+    leaves_the_last_checkpoint(4);
+}
+
+fn leaves_the_last_checkpoint(sequence_parallel_size: u32) {
     let studio = Studio::new("full");
     let files = [studio.five()];
+    let spec = |steps| TrainingSpec { sequence_parallel_size, ..spec(steps) };
     let first = studio.run("first", &files, spec(3));
     let before = interrupt(&first, 1);
     let from = folder(&first, &before.checkpoints[0]);
@@ -45,6 +56,7 @@ fn child() {
     let Some(path) = std::env::var_os(RUN) else { return };
     let run: RunSpec = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
     let mut recorder = Recorder::default();
+    // It comes back once every rank has ended.
     let error = train(&run, &mut recorder).expect_err("the weights are larger than a file may be");
     assert!(matches!(error, Error::File { .. }), "{error}");
     assert_eq!(recorder.steps.len(), 2, "the run went to its end");

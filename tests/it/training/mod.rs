@@ -4,8 +4,10 @@
 mod data;
 mod disk_full;
 pub mod killed;
+mod ranks;
 mod resume;
-mod steps;
+mod saved;
+pub mod steps;
 
 use std::path::{Path, PathBuf};
 

@@ -35,7 +35,7 @@ fn a_model_learns_its_documents() {
 }
 
 /// Every weight of a run's last checkpoint.
-fn weights(run: &RunSpec, recorder: &Recorder) -> Vec<f64> {
+pub fn weights(run: &RunSpec, recorder: &Recorder) -> Vec<f64> {
     let weights = Weights::open(&folder(run, recorder.checkpoints.last().unwrap())).unwrap();
     let config = std::fs::read_to_string(run.model.join("config.json")).unwrap();
     let config = ModelConfig::from_config_text(&config).unwrap();
