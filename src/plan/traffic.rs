@@ -53,7 +53,7 @@ impl Traffic {
         Self {
             weights: (weights.gathers * weights.layer + weights.outside) * widths.storage * other_ranks,
             gradients: shards::owned(model, choice.ranks.world()) * widths.wide * other_ranks,
-            heads: heads / sequence * (sequence - 1),
+            heads: heads * (sequence - 1) / sequence,
         }
     }
 
