@@ -49,6 +49,9 @@ pub struct Args {
     /// What a GPU sends to other hosts while all GPUs of its host do, bytes/s
     #[arg(long, value_name = "BYTES", requires = "hosts", value_parser = bandwidth)]
     pub network_bandwidth: Option<f64>,
+    /// Bytes of a host's disk for spilled tensors; a half of what is free here by default
+    #[arg(long, value_name = "BYTES")]
+    pub disk: Option<u64>,
     /// Ranks that share a sequence; the planner's choice by default
     #[arg(long, value_name = "N")]
     pub sequence_ranks: Option<u64>,
@@ -82,7 +85,8 @@ pub fn run(
         (None, None) => return Err(Invalid::new("--model", "give --model FOLDER or --shape NAME").into()),
     };
     model.n_layers = args.layers.unwrap_or(model.n_layers);
-    let machine = machine(args, host, stated)?;
+    let mut machine = machine(args, host, stated)?;
+    machine.disk_bytes = args.disk.unwrap_or(machine.disk_bytes);
     let precision = args.precision.unwrap_or(Precision::of(machine.device));
     if (machine.device, precision) == (DeviceKind::Cuda, Precision::F32) {
         return Err(

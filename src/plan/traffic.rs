@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use super::{Choice, Ranks, Widths, cost, ranks, segments, shards};
 use crate::domain::{Machine, ModelConfig, machine::Rates};
 
-/// Bytes that one rank sends to others.
+/// Bytes that one rank sends to others; the mean, where ranks have uneven heads.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Traffic {
     /// Its parts of the weights, for every gather.

@@ -98,8 +98,9 @@ fn ranks_send_what_is_planned() {
                 let n = ranks.world();
                 // And labels are counted, and two sums made of what all have.
                 let small = n * (n - 1) * 8 + 2 * (n - 1) * 16;
-                let sent = sent(&config, &plan, tokens);
-                assert_eq!(sent, n * (weights + gradients + heads) + small, "{ranks:?}, tied {tied}, {forced:?}");
+                // Planned is a rank's mean, in whole bytes.
+                let (sent, planned) = (sent(&config, &plan, tokens), n * (weights + gradients + heads) + small);
+                assert!((planned..planned + n).contains(&sent), "{sent}, {planned}: {ranks:?} {tied} {forced:?}");
             }
         }
     }
