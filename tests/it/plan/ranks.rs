@@ -179,21 +179,22 @@ fn ranks_share_their_hosts_memory() {
 #[test]
 fn a_refusal_is_that_of_all_devices() {
     let model = shapes::named("llama-3.1-8b").unwrap();
-    let (machine, alone) = (host(8), host(1));
-    let refused = plan::plan(&in_bf16(&model, &machine, 1 << 28, 1)).unwrap_err();
-    let longest = refused.longest_tokens;
-    assert!(longest > 5 * plan::longest(&in_bf16(&model, &alone, 128, 1)), "{longest}");
-    assert_eq!((refused.tokens, refused.wall.as_str()), (1 << 28, "device memory"));
-    assert_eq!(refused.available_bytes, machine.device_bytes);
-    assert!(refused.needed_bytes > refused.available_bytes);
-    assert!(plan::plan(&in_bf16(&model, &machine, longest, 1)).is_ok());
-    assert!(plan::plan(&in_bf16(&model, &machine, longest + 128, 1)).is_err());
-
-    // States of 70 billion parameters go where there is most room, which is not enough.
-    let (big, machine) = (shapes::named("llama-3.1-70b").unwrap(), host(2));
-    let refused = plan::plan(&in_bf16(&big, &machine, 131_072, 1)).unwrap_err();
-    assert_eq!((refused.longest_tokens, refused.wall.as_str()), (0, "host memory"));
-    assert_eq!(refused.available_bytes, machine.host_bytes);
+    let alone = plan::longest(&in_bf16(&model, &host(1), 128, 1));
+    // What is first in the way: memory of the host that eight share, or of each device where the host has plenty.
+    for (host_gib, wall) in [(8 * 113, "host memory"), (4000, "device memory")] {
+        let machine = Machine { host_bytes: host_gib * GIB, ..host(8) };
+        let longest = plan::longest(&in_bf16(&model, &machine, 128, 1));
+        assert!(longest > 5 * alone, "{longest}");
+        assert!(plan::plan(&in_bf16(&model, &machine, longest, 1)).is_ok());
+        let tokens = longest / 100 * 101;
+        let refused = plan::plan(&in_bf16(&model, &machine, tokens, 1)).unwrap_err();
+        assert_eq!((refused.tokens, refused.longest_tokens, refused.wall.as_str()), (tokens, longest, wall));
+        let available = if wall == "host memory" { machine.host_bytes } else { machine.device_bytes };
+        assert_eq!(refused.available_bytes, available);
+        assert!((available..available / 2 * 3).contains(&refused.needed_bytes), "{}", refused.needed_bytes);
+    }
+    let big = shapes::named("llama-3.1-70b").unwrap();
+    assert_eq!(plan::plan(&in_bf16(&big, &host(2), 131_072, 1)).unwrap_err().longest_tokens, 0);
     assert!(plan::plan(&in_bf16(&big, &host(8), 131_072, 1)).is_ok());
 }
 
