@@ -105,21 +105,20 @@ fn tokens_and_chunks_are_dealt_evenly_in_whole_blocks() {
 }
 
 #[test]
-fn one_gpu_plans_as_before_several_could() {
-    // Seconds to the last bit, and peaks, of the planner that knew one device.
+fn one_rank_plans_as_if_there_were_no_others() {
     let model = shapes::named("llama-3.1-8b").unwrap();
-    let machine = Machine { device_bytes: 140_463_129_088, host_bytes: 121_000_000_000, ..hopper(0) };
-    let machine = Machine { rates: longhaul::domain::machine::Rates { disk_bytes: 5e8, ..machine.rates }, ..machine };
-    for (tokens, seconds, device, host) in ONE_GPU {
-        let request = in_bf16(&model, &machine, tokens, 1);
-        let plan = plan::plan(&request).unwrap();
-        assert_eq!(plan.step_seconds, seconds, "{tokens}");
-        assert_eq!((plan.predicted_peak_bytes, plan.predicted_host_peak_bytes), (device, host), "{tokens}");
-        assert_eq!((plan.optimizer_step_seconds, plan.traffic), (seconds, plan::traffic::Traffic::default()));
-        let several = Machine { n_devices: 8, ..machine.clone() };
+    let (machine, several) = (hopper(113), Machine { n_devices: 8, ..hopper(113) });
+    for tokens in [32_768, 131_072, 1_500_032] {
+        let plan = plan::plan(&in_bf16(&model, &machine, tokens, 1)).unwrap();
+        assert_eq!((plan.choice.ranks, plan.tokens, plan.sequences), (Ranks::ONE, tokens, 1));
+        assert_eq!((plan.optimizer_step_seconds, plan.traffic_seconds.sum()), (plan.step_seconds, 0.0));
         let forced = Forced { ranks: Some(Ranks::ONE), ..Forced::default() };
         assert_eq!(plan::plan(&Request { forced, ..in_bf16(&model, &several, tokens, 1) }).unwrap(), plan);
     }
+    // Sequences one after another share one update.
+    let two = plan::plan(&in_bf16(&model, &machine, 32_768, 2)).unwrap();
+    assert_eq!(two.sequences, 2);
+    assert!((two.step_seconds..2.0 * two.step_seconds).contains(&two.optimizer_step_seconds));
 }
 
 #[test]
@@ -219,10 +218,3 @@ fn ranks_of_a_cpu_are_as_many_as_wished_and_share_it() {
     assert!(plan::ranks::check("p", 6, &config, &machine).is_ok());
     assert!(plan::ranks::check("p", 4, &config, &machine).is_err());
 }
-
-/// Tokens, seconds, bytes at the device's peak and at the host's.
-const ONE_GPU: [(u64, f64, u64, u64); 3] = [
-    (32768, 4.639220790876777, 140247587584, 570425344),
-    (131072, 42.4603308524938, 140275505920, 50614239232),
-    (1500032, 6231.784575442345, 140427207936, 119968030720),
-];
