@@ -3,5 +3,6 @@
 pub mod calibrate;
 pub mod ops;
 mod random;
+mod ranks;
 pub mod shapes;
 pub mod step;

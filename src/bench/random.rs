@@ -6,6 +6,7 @@ use rayon::prelude::*;
 use crate::engine::{
     Result,
     backend::{Backend, DType},
+    comm::Comm,
     train::session::Session,
 };
 
@@ -34,16 +35,18 @@ impl Random {
 }
 
 /// Norm gains 1, everything else noise that depends on the place in the layout alone.
-pub(super) fn weights<B: Backend>(session: &mut Session<B>) -> Result {
-    for parameter in session.weights() {
-        let tensor = parameter.tensor;
-        if parameter.shape.len() == 1 {
-            session.backend.fill(tensor, 1.0)?;
-            continue;
-        }
-        for first in (0..tensor.elements()).step_by(PIECE as usize) {
-            let piece = tensor.part(first, PIECE.min(tensor.elements() - first));
-            session.backend.upload(piece, &noise(piece.elements() as usize, tensor.dtype, piece.offset))?;
+pub(super) fn weights<B: Backend, C: Comm<B>>(session: &mut Session<B, C>) -> Result {
+    let (parameters, weights) = (session.parameters().to_vec(), session.flat_weights());
+    for parameter in parameters {
+        for (_, place) in session.owned(&parameter, weights) {
+            if parameter.shape.len() == 1 {
+                session.backend.fill(place, 1.0)?;
+                continue;
+            }
+            for first in (0..place.elements()).step_by(PIECE as usize) {
+                let piece = place.part(first, PIECE.min(place.elements() - first));
+                session.backend.upload(piece, &noise(piece.elements() as usize, piece.dtype, piece.offset))?;
+            }
         }
     }
     // The master's low halves begin at zero: the weights are exactly what was uploaded.

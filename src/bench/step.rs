@@ -6,21 +6,27 @@ use std::{io::Write, path::Path, time::Instant};
 
 use serde_json::json;
 
-use super::{random, random::Random, shapes};
+use super::{
+    random,
+    random::Random,
+    ranks::{self, Place},
+    shapes,
+};
 use crate::{
     domain::{
-        Invalid, Machine, ModelConfig,
+        Invalid, Machine, ModelConfig, heads,
         machine::DeviceKind,
         training::{Moments, Precision},
     },
     engine::{
         Result,
         backend::{AdamW, Backend, DType, Tensor, cpu::Cpu, cuda::Cuda},
+        comm::{Comm, Groups, HostComm, nccl::Nccl, tcp::Tcp},
         meter,
         model::{Batch, MemoryProof},
         train::session::{Session, Totals},
     },
-    plan::{self, Forced, Gradients, Plan},
+    plan::{self, Forced, Gradients, Plan, Ranks},
     trainer::gpu::{self, Stated},
 };
 
@@ -39,9 +45,12 @@ pub struct Args {
     /// cpu or cuda
     #[arg(long, default_value = "cpu")]
     pub device: String,
-    /// GPUs that share the sequence
+    /// Ranks that share the sequence, each a process: on cuda with a GPU each
     #[arg(long, default_value_t = 1)]
-    pub gpus: u32,
+    pub ranks: u64,
+    /// What rank 0 gives to the processes that it starts
+    #[arg(long, hide = true)]
+    pub place: Option<String>,
     /// Steps, the first being a warm-up
     #[arg(long, default_value_t = 3)]
     pub steps: u64,
@@ -101,44 +110,82 @@ struct Job<'a> {
 
 /// Runs the steps and writes a line each to `out`. `host` is this machine without its GPUs, `stated` what is said of those.
 pub fn run(args: &Args, host: &Machine, stated: &Stated, scratch: &Path, out: &mut impl Write) -> Result {
-    if args.gpus != 1 {
-        return Err(Invalid::new("--gpus", "more than one rank is not there yet: use --gpus 1").into());
-    }
     let config = shape(args)?;
+    let place = args.place.as_deref().map(Place::parse).transpose()?;
     match args.device.as_str() {
         "cpu" => {
             let precision = args.precision.unwrap_or(Precision::of(DeviceKind::Cpu));
-            let job = planned(args, config, host.clone(), precision, scratch)?;
+            let job = planned(args, config, host.clone(), (precision, scratch), place.as_ref())?;
             match precision {
-                Precision::F32 => drop(steps(Cpu::<f32>::new(threads(args))?, &job, out)?),
-                Precision::Bf16 => drop(steps(Cpu::<half::bf16>::new(threads(args))?, &job, out)?),
+                Precision::F32 => on_cpu(Cpu::<f32>::new(threads(args))?, &job, place.as_ref(), out),
+                Precision::Bf16 => on_cpu(Cpu::<half::bf16>::new(threads(args))?, &job, place.as_ref(), out),
             }
         }
         "cuda" => {
             if args.precision == Some(Precision::F32) {
                 return Err(Invalid::new("--precision", "a GPU trains in bf16: leave --precision out").into());
             }
-            let cuda = Cuda::open(0, stated.libraries)?;
+            let cuda = Cuda::open(place.as_ref().map_or(0, |place| place.rank), stated.libraries)?;
             let machine = gpu::machine(&cuda, host, stated)?;
-            let job = planned(args, config, machine, Precision::Bf16, scratch)?;
-            let mut run = steps(cuda, &job, out)?;
-            if args.profile {
-                profile(&mut run, out)?;
-            }
+            let job = planned(args, config, machine, (Precision::Bf16, scratch), place.as_ref())?;
+            on_cuda(cuda, &job, (place.as_ref(), stated), out)
         }
-        other => return Err(Invalid::new("--device", format!("device is cpu or cuda, not {other}")).into()),
+        other => Err(Invalid::new("--device", format!("device is cpu or cuda, not {other}")).into()),
     }
-    Ok(())
+}
+
+fn on_cpu<B: Backend>(cpu: B, job: &Job, place: Option<&Place>, out: &mut impl Write) -> Result {
+    if job.args.ranks == 1 {
+        return steps(cpu, Groups::alone(), job, out).map(drop);
+    }
+    let (_others, comm) = met(job, place)?;
+    steps(cpu, Groups::new::<B>(comm, job.args.ranks)?, job, out)?.leave()
+}
+
+fn on_cuda(cuda: Cuda, job: &Job, (place, stated): (Option<&Place>, &Stated), out: &mut impl Write) -> Result {
+    if job.args.ranks == 1 {
+        let mut run = steps(cuda, Groups::alone(), job, out)?;
+        return if job.args.profile { profile(&mut run, out) } else { Ok(()) };
+    }
+    let (_others, comm) = met(job, place)?;
+    let comm = Nccl::new(&cuda, comm, stated.libraries)?;
+    let mut run = steps(cuda, Groups::new::<Cuda>(comm, job.args.ranks)?, job, out)?;
+    if job.args.profile {
+        profile(&mut run, out)?;
+    }
+    run.leave()
+}
+
+/// The other ranks: started by rank 0, met by all.
+fn met(job: &Job, place: Option<&Place>) -> Result<(Option<ranks::Others>, HostComm<Tcp>)> {
+    if let Some(place) = place {
+        return Ok((None, place.meet()?));
+    }
+    let (others, comm) = ranks::start(job.args.ranks as usize, &job.plan, job.scratch)?;
+    Ok((Some(others), comm))
 }
 
 fn planned<'a>(
     args: &'a Args,
     config: ModelConfig,
     mut machine: Machine,
-    precision: Precision,
-    scratch: &'a Path,
+    (precision, scratch): (Precision, &'a Path),
+    place: Option<&Place>,
 ) -> Result<Job<'a>> {
     machine.device_bytes = args.memory.unwrap_or(machine.device_bytes);
+    if let Some(place) = place {
+        let plan = place.plan()?;
+        return Ok(Job { args, config, machine, plan, scratch });
+    }
+    let (model, machine_ref, tokens, moments) = (&config, &machine, args.tokens, args.moments);
+    let forced = forced(args)?;
+    let request = plan::Request { model, precision, moments, tokens, micro_batches: 1, machine: machine_ref, forced };
+    let plan = plan::plan(&request).map_err(Invalid::from)?;
+    Ok(Job { args, config, machine, plan, scratch })
+}
+
+/// Choices that the flags make.
+fn forced(args: &Args) -> Result<Forced> {
     let gradients = match args.gradients.as_deref() {
         None => None,
         Some("wide") => Some(Gradients::Wide),
@@ -147,7 +194,8 @@ fn planned<'a>(
             return Err(Invalid::new("--gradients", format!("gradients are wide or storage, not {other}")).into());
         }
     };
-    let forced = Forced {
+    Ok(Forced {
+        ranks: Some(Ranks { sequence: args.ranks, data: 1 }),
         chunk_tokens: args.chunk,
         checkpoint_slots: args.slots,
         checkpoint_host_rows: args.checkpoint_host_rows,
@@ -158,11 +206,7 @@ fn planned<'a>(
         kept_gate_up_layers: args.kept_layers,
         gradients,
         ..Forced::default()
-    };
-    let (model, machine_ref, tokens, moments) = (&config, &machine, args.tokens, args.moments);
-    let request = plan::Request { model, precision, moments, tokens, micro_batches: 1, machine: machine_ref, forced };
-    let plan = plan::plan(&request).map_err(Invalid::from)?;
-    Ok(Job { args, config, machine, plan, scratch })
+    })
 }
 
 fn threads(args: &Args) -> usize {
@@ -179,30 +223,53 @@ fn shape(args: &Args) -> Result<ModelConfig> {
             return Err(Invalid::new(flag, format!("{flag} must be between 1 and 10000, not {value}")).into());
         }
     }
-    if args.tokens < 2 {
-        return Err(Invalid::new("--tokens", "a sequence has 2 tokens or more").into());
+    let sizes = heads::group_sizes(config.n_heads);
+    if !sizes.contains(&args.ranks) {
+        let message = format!("{} query heads are shared by {sizes:?} ranks, not {}", config.n_heads, args.ranks);
+        return Err(Invalid::new("--ranks", message).into());
+    }
+    if args.tokens < 2 || !args.tokens.is_multiple_of(args.ranks) {
+        let message = format!("a sequence has 2 tokens or more, a multiple of --ranks {}", args.ranks);
+        return Err(Invalid::new("--tokens", message).into());
     }
     Ok(config)
 }
 
 /// Steps of one job on random data.
-struct Run<'a, B> {
+struct Run<'a, B, C> {
     job: &'a Job<'a>,
-    session: Session<B>,
+    session: Session<B, C>,
     random: Random,
     step: u64,
 }
 
-impl<'a, B: Backend> Run<'a, B> {
-    fn new(backend: B, job: &'a Job<'a>) -> Result<Self> {
-        let mut session = Session::new(backend, &job.plan, &job.config, job.scratch)?;
+impl<'a, B: Backend, C: Comm<B>> Run<'a, B, C> {
+    fn new(backend: B, groups: Groups<C>, job: &'a Job<'a>) -> Result<Self> {
+        let mut session = Session::among(backend, groups, &job.plan, &job.config, job.scratch)?;
         let whole = 0..job.args.tokens;
         session.prepare(std::slice::from_ref(&whole))?;
         random::weights(&mut session)?;
         if let Some(proof) = proof(job) {
             session.prove_memory(proof);
         }
+        session.groups.world.barrier(&mut session.backend)?;
         Ok(Self { job, session, random: Random(0x9e37_79b9_7f4a_7c15), step: 0 })
+    }
+
+    /// Ends when every rank does.
+    fn leave(mut self) -> Result {
+        self.session.groups.world.barrier(&mut self.session.backend)
+    }
+
+    /// The most of every rank's peak bytes, on the device and on the host.
+    fn peaks(&mut self) -> Result<(u64, u64)> {
+        let world = &mut self.session.groups.world;
+        let mut peaks = vec![0; 2 * world.n_ranks()];
+        peaks[2 * world.rank()] = self.session.backend.peak_bytes();
+        peaks[2 * world.rank() + 1] = self.session.backend.peak_host_bytes();
+        world.all_reduce_counts(&mut peaks)?;
+        let most = |first: usize| peaks.iter().skip(first).step_by(2).copied().max().unwrap_or(0);
+        Ok((most(0), most(1)))
     }
 
     /// One step over one fresh sequence, and its seconds.
@@ -239,13 +306,18 @@ fn proof(job: &Job) -> Option<MemoryProof> {
 }
 
 /// All steps, a line each, and their median; the run, for what else is asked of it.
-fn steps<'a, B: Backend>(backend: B, job: &'a Job<'a>, out: &mut impl Write) -> Result<Run<'a, B>> {
+fn steps<'a, B: Backend, C: Comm<B>>(
+    backend: B,
+    groups: Groups<C>,
+    job: &'a Job<'a>,
+    out: &mut impl Write,
+) -> Result<Run<'a, B, C>> {
     let Job { args, config, machine, plan, .. } = job;
-    let mut run = Run::new(backend, job)?;
+    let mut run = Run::new(backend, groups, job)?;
     let mut measured = Vec::new();
     for step in 1..=args.steps {
         let (totals, seconds) = run.step()?;
-        let memory = memory(plan, &run.session.backend);
+        let memory = memory(plan, run.peaks()?, run.session.backend.touched_bytes());
         if let Some(proof) = proof(job) {
             let what = format!(
                 "MEMORY PROOF, NOT A SPEED: attention in {} of {} layers, there in the last {} of {} tokens",
@@ -254,11 +326,11 @@ fn steps<'a, B: Backend>(backend: B, job: &'a Job<'a>, out: &mut impl Write) -> 
             print(&json!({ "memory_proof": what, "step": step, "wall_seconds": seconds, "memory": memory }), out)?;
             continue;
         }
-        let peak = meter::peak_flops(machine.device, &machine.device_name);
+        let peak = meter::peak_flops(machine.device, &machine.device_name).map(|peak| peak * args.ranks as f64);
         let speed = meter::speed(config, &[args.tokens], seconds, peak);
         measured.push((seconds, speed));
         let line = json!({
-            "step": step, "shape": args.shape, "layers": config.n_layers, "tokens": args.tokens,
+            "step": step, "shape": args.shape, "layers": config.n_layers, "tokens": args.tokens, "ranks": args.ranks,
             "device": args.device, "device_name": machine.device_name,
             "loss": totals.mean_loss(), "grad_norm": totals.grad_norm,
             "seconds": seconds, "predicted_seconds": plan.step_seconds,
@@ -278,18 +350,18 @@ fn steps<'a, B: Backend>(backend: B, job: &'a Job<'a>, out: &mut impl Write) -> 
     Ok(run)
 }
 
-/// What was planned and what was taken, in bytes.
-fn memory<B: Backend>(plan: &Plan, backend: &B) -> serde_json::Value {
+/// What was planned for a rank and the most that one took, in bytes.
+fn memory(plan: &Plan, (device, host): (u64, u64), touched: u64) -> serde_json::Value {
     json!({
-        "predicted_peak_bytes": plan.predicted_peak_bytes, "real_peak_bytes": backend.peak_bytes(),
-        "arena_bytes": plan.layout.bytes, "arena_high_water_bytes": backend.touched_bytes(),
-        "predicted_host_peak_bytes": plan.predicted_host_peak_bytes, "real_host_peak_bytes": backend.peak_host_bytes(),
+        "predicted_peak_bytes": plan.predicted_peak_bytes, "real_peak_bytes": device,
+        "arena_bytes": plan.layout.bytes, "arena_high_water_bytes": touched,
+        "predicted_host_peak_bytes": plan.predicted_host_peak_bytes, "real_host_peak_bytes": host,
         "choice": plan.choice,
     })
 }
 
 /// Where one more step's time goes.
-fn profile(run: &mut Run<Cuda>, out: &mut impl Write) -> Result {
+fn profile<C: Comm<Cuda>>(run: &mut Run<Cuda, C>, out: &mut impl Write) -> Result {
     run.session.backend.start_profile()?;
     let (_, seconds) = run.step()?;
     let Some(profiled) = run.session.backend.profiled()? else { return Ok(()) };

@@ -97,7 +97,7 @@ struct Needs {
 impl Needs {
     fn of(request: &Request, choice: &Choice) -> Self {
         let layout = lay_out(request.model, request.widths(), request.tokens, choice);
-        let process = workspace::process(request.machine.device);
+        let process = workspace::process(request.machine.device, choice.ranks);
         // Each rank has a GPU of its own; a host's memory and disk are those of all ranks on it.
         let here = request.machine.ranks_on_host(choice.ranks.world());
         let on_device = match request.machine.device {
@@ -245,8 +245,13 @@ fn planned(request: &Request, choice: Choice, step_seconds: f64) -> Plan {
         ledger: layout.ledger(Arena::Device),
         host_ledger: layout.ledger(Arena::Host),
         predicted_peak_bytes: needs.device,
+<<<<<<< HEAD
         predicted_host_peak_bytes: layout.host_bytes + workspace::process(request.machine.device).host,
         disk_bytes: disk_bytes(model, widths, request.tokens, &choice),
+=======
+        predicted_host_peak_bytes: layout.host_bytes + workspace::process(request.machine.device, choice.ranks).host,
+        disk_bytes: needs.disk,
+>>>>>>> main
         step_seconds,
         sequences: n,
         optimizer_step_seconds: step_seconds + others,

@@ -1,5 +1,4 @@
-//! Attention: a query chunk against a prefix of keys, and packed documents; errors at small sizes, operations a second at long
-//! ones.
+//! Attention: a query chunk against a prefix of keys, errors at small sizes, operations a second at long ones.
 
 use std::ops::Range;
 
@@ -32,8 +31,7 @@ pub(super) fn check(twins: &mut Twins, report: &mut Report) -> Result {
     one_document(twins, report, "64 mod 128, longer", few, 1344..1984)?;
     one_document(twins, report, "one query head, d 64", single, 1024..2048)?;
     one_document(twins, report, "heads of an 8B model", HEADS, 1024..1536)?;
-    window(twins, report, "packed documents", few, 1024..2048, &[512..1280, 1280..1664, 1664..2432])?;
-    window(twins, report, "some 64 mod 128", few, 1024..2048, &[512..1280, 1280..1600, 1600..1856, 1856..2432])
+    window(twins, report, "packed documents", few, 1024..2048, &[512..1280, 1280..1664, 1664..2432])
 }
 
 fn one_document(t: &mut Twins, report: &mut Report, what: &str, heads: Heads, chunk: Range<u64>) -> Result {
@@ -81,33 +79,14 @@ fn window(
 pub(super) fn measure(t: &mut Twins, report: &mut Report, most_keys: u64) -> Result {
     for keys in [1 << 14, 1 << 15, 1 << 17, 1 << 19, 1 << 20].into_iter().filter(|keys| *keys <= most_keys) {
         for chunk in [8192, 16_384, 32_768].into_iter().filter(|chunk| *chunk <= keys) {
-            let document = 0..keys;
-            one_speed(t, report, "one document", keys - chunk..keys, std::slice::from_ref(&document))?;
+            one_speed(t, report, chunk, keys)?;
         }
-    }
-    packed_speeds(t, report, most_keys)
-}
-
-/// The same of packed documents: of one length, of many, and a chunk of a document that began before it.
-fn packed_speeds(t: &mut Twins, report: &mut Report, most_keys: u64) -> Result {
-    const CHUNK: u64 = 8192;
-    for length in [128, 512, 2048, 8192] {
-        let documents: Vec<Range<u64>> = (0..2 * CHUNK / length).map(|i| i * length..(i + 1) * length).collect();
-        let met = &documents[documents.len() / 2..];
-        one_speed(t, report, &format!("documents of {length}"), CHUNK..2 * CHUNK, met)?;
-    }
-    let mixed = [0..9088, 9088..9344, 9344..12_416, 12_416..12_544, 12_544..13_568, 13_568..20_480];
-    one_speed(t, report, "documents of many lengths", CHUNK..2 * CHUNK, &mixed)?;
-    for keys in [1 << 15, 1 << 17, 1 << 19].into_iter().filter(|keys| *keys < most_keys) {
-        let documents = [0..128, 128..keys + 128];
-        one_speed(t, report, "within a packed document", keys + 128 - CHUNK..keys + 128, &documents[1..])?;
     }
     Ok(())
 }
 
-fn one_speed(t: &mut Twins, report: &mut Report, what: &str, chunk: Range<u64>, documents: &[Range<u64>]) -> Result {
+fn one_speed(t: &mut Twins, report: &mut Report, c: u64, keys: u64) -> Result {
     t.clear();
-    let (c, keys) = (chunk.end - chunk.start, chunk.end);
     let (q_cols, kv_cols) = (HEADS.n_heads * HEADS.head_dim, HEADS.n_kv_heads * HEADS.head_dim);
     let (q, d_o) = (t.noise_on_gpu(c, q_cols)?, t.noise_on_gpu(c, q_cols)?);
     let (k, v) = (t.noise_on_gpu(keys, kv_cols)?, t.noise_on_gpu(keys, kv_cols)?);
@@ -119,26 +98,18 @@ fn one_speed(t: &mut Twins, report: &mut Report, what: &str, chunk: Range<u64>, 
     }
     let bytes = t.gpu.attention_workspace(HEADS, c, keys);
     let workspace = t.gpu_only(DType::Bf16, 1, bytes / 2);
-    let window = Window { chunk: chunk.clone(), documents };
+    let document = 0..keys;
+    let window = Window { chunk: keys - c..keys, documents: std::slice::from_ref(&document) };
     let forward = t.seconds(ROUNDS, |gpu| gpu.attention(o, lse, q, k, v, workspace, HEADS, &window))?;
     let backward = t.seconds(ROUNDS, |gpu| {
         let saved = AttentionSaved { d_o, o, lse, q, k, v };
         gpu.attention_backward(AttentionGrads { dq, dk, dv, delta }, saved, workspace, HEADS, &window)
     })?;
-    let operations = operations(&chunk, documents);
+    // Causal: 4 operations for each head, element of a head, query and key it sees; backward 2.5 times that.
+    let operations = (4 * HEADS.n_heads * HEADS.head_dim * c) as f64 * (keys as f64 - c as f64 / 2.0);
     report.line(&json!({
-        "speed": "attention", "case": what, "chunk": c, "keys": keys,
+        "speed": "attention", "chunk": c, "keys": keys,
         "forward_tflops": operations / forward / 1e12, "backward_tflops": 2.5 * operations / backward / 1e12,
         "forward_seconds": forward, "backward_seconds": backward, "workspace_bytes": bytes,
     }))
-}
-
-/// Of forward, causal: 4 for each head, element of a head, query and key it sees. Backward has 2.5 times as many.
-fn operations(chunk: &Range<u64>, documents: &[Range<u64>]) -> f64 {
-    let pairs = |document: &Range<u64>| {
-        let (start, end) = (document.start.max(chunk.start), document.end.min(chunk.end));
-        let queries = end.saturating_sub(start) as f64;
-        queries * ((end - document.start) as f64 - queries / 2.0)
-    };
-    (4 * HEADS.n_heads * HEADS.head_dim) as f64 * documents.iter().map(pairs).sum::<f64>()
 }

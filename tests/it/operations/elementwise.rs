@@ -99,3 +99,27 @@ fn copies_and_spills_bring_back_the_same_bytes() {
     assert_eq!(bench.get(b)[6..15], values[6..15]);
     assert_eq!(bench.get(b)[15..], [0.0; 6]);
 }
+
+#[test]
+fn blocks_of_columns_move_and_nothing_beside_them() {
+    let mut bench = bench_f64(34);
+    let (rows, to_cols, from_cols) = (5, 9, 7);
+    for (to_first, from_first, width) in [(0, 0, 7), (2, 3, 4), (8, 6, 1), (4, 0, 0)] {
+        for add in [false, true] {
+            let (to, from) = (bench.sum(rows, to_cols), bench.sum(rows, from_cols));
+            let (before, source) = (bench.get(to), bench.get(from));
+            let operation = if add { Backend::add_columns } else { Backend::copy_columns };
+            operation(&mut bench.b, (to, to_first), (from, from_first), width).unwrap();
+            let mut expected = before;
+            for row in 0..rows {
+                for column in 0..width {
+                    let place = &mut expected[(row * to_cols + to_first + column) as usize];
+                    let value = source[(row * from_cols + from_first + column) as usize];
+                    *place = if add { *place + value } else { value };
+                }
+            }
+            assert_eq!(bench.get(to), expected, "{to_first} {from_first} {width} {add}");
+            bench.end = 0;
+        }
+    }
+}

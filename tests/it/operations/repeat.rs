@@ -86,6 +86,7 @@ pub enum Which {
 pub fn outputs<B: Backend>(b: B, shapes: Shapes, which: Which) -> (B, Vec<Output>) {
     let mut bench = Bench::sized(b, 71, ARENA_BYTES);
     let mut written = flat(&mut bench, shapes);
+    written.extend(columns(&mut bench, shapes));
     written.extend(rows(&mut bench, shapes));
     written.extend(positions(&mut bench, shapes.heads));
     if which == Which::All {
@@ -140,6 +141,17 @@ fn flat<B: Backend>(bench: &mut Bench<B>, shapes: Shapes) -> Written {
         }
     }
     written
+}
+
+/// Blocks of columns from one matrix into another.
+fn columns<B: Backend>(bench: &mut Bench<B>, shapes: Shapes) -> Written {
+    let (h, f) = (shapes.hidden, shapes.intermediate);
+    let (from, to) = (bench.input(ROWS, h), bench.input(ROWS, f));
+    bench.b.copy_columns((to, f / 2), (from, h / 4), h / 2).unwrap();
+    let (wide_from, wide_to, added) = (bench.sum(ROWS, h), bench.sum(ROWS, f), bench.sum(ROWS, f));
+    bench.b.copy_columns((wide_to, 0), (wide_from, h / 2), h / 4).unwrap();
+    bench.b.add_columns((added, f / 2), (wide_from, h / 4), h / 2).unwrap();
+    vec![("copy_columns", to), ("copy_columns wide", wide_to), ("add_columns", added)]
 }
 
 /// One AdamW step of a split or whole master.

@@ -140,11 +140,6 @@ impl Device {
         self.multiprocessors
     }
 
-    /// Major number of the compute capability: 9 is Hopper.
-    pub(super) fn generation(&self) -> Result<i32> {
-        self.context.compute_capability().map(|(major, _)| major).map_err(driver("ask for the compute capability"))
-    }
-
     /// The stream that operations are queued on.
     pub(super) fn compute(&self) -> &Arc<CudaStream> {
         &self.compute

@@ -18,7 +18,7 @@ const FATBINS: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/fatbins.rs
 /// elements of a flat array and wants its address to be a multiple of theirs; `_1` takes any.
 pub const KERNELS: &[(&str, &[&str])] = &[
     ("adamw", &["adamw_split_4", "adamw_split_1", "adamw_wide_4", "adamw_wide_1"]),
-    ("attention", &["attention_accumulate", "attention_documents", "attention_statistics"]),
+    ("attention", &["attention_accumulate"]),
     ("columns", &["copy_columns_16", "copy_columns_2", "add_columns_4", "add_columns_1"]),
     ("cross_entropy", &["cross_entropy_8", "cross_entropy_1", "cross_entropy_sums"]),
     (
@@ -76,16 +76,10 @@ pub(super) enum Argument<'a> {
     Double(f64),
     /// `struct Frequencies` of rope.cu, which travels among the arguments.
     Frequencies(&'a [f64; MOST_FREQUENCIES]),
-    /// `struct Documents` of attention.cu, which does too.
-    Documents(&'a [[i32; DOCUMENT_LIST]; 3]),
 }
 
 /// Most frequencies that rope_table takes.
 pub(super) const MOST_FREQUENCIES: usize = 128;
-
-/// Numbers of each list of attention_documents, and most documents it takes.
-pub(super) const DOCUMENT_LIST: usize = MOST_DOCUMENTS + 8;
-pub(super) const MOST_DOCUMENTS: usize = 256;
 
 /// The shape of a launch: blocks, threads of a block (a multiple of 32), bytes of dynamic shared memory.
 #[derive(Debug, Clone, Copy)]
@@ -142,7 +136,6 @@ impl Kernels {
                 Argument::Float(value) => launch.arg(value),
                 Argument::Double(value) => launch.arg(value),
                 Argument::Frequencies(values) => launch.arg(*values),
-                Argument::Documents(values) => launch.arg(*values),
             };
         }
         let shape = LaunchConfig {

@@ -79,11 +79,6 @@ impl Cuda {
         self.attention.version()
     }
 
-    /// Plans of attention calls that are kept now: none is made in a step that was prepared for.
-    pub fn attention_plans(&self) -> usize {
-        self.attention.n_plans()
-    }
-
     /// `[rows, cols]` f32 of the scratch, for the duration of one operation.
     fn scratch(&self, rows: u64, cols: u64) -> Tensor {
         let tensor = Tensor::device(self.scratch_offset, DType::F32, rows, cols);

@@ -11,7 +11,6 @@ use crate::engine::Result;
 pub(super) const BF16: cudnnDataType_t = cudnnDataType_t::CUDNN_DATA_BFLOAT16;
 pub(super) const F32: cudnnDataType_t = cudnnDataType_t::CUDNN_DATA_FLOAT;
 pub(super) const I32: cudnnDataType_t = cudnnDataType_t::CUDNN_DATA_INT32;
-pub(super) const I64: cudnnDataType_t = cudnnDataType_t::CUDNN_DATA_INT64;
 pub(super) const BOOL: cudnnDataType_t = cudnnDataType_t::CUDNN_DATA_BOOLEAN;
 
 /// Every address in a call is a multiple of this.
@@ -25,20 +24,13 @@ pub(super) struct Layout {
     pub(super) dtype: cudnnDataType_t,
     pub(super) dims: [i64; 4],
     pub(super) strides: [i64; 4],
-    /// A list in memory of where each batch entry starts, in elements, instead of the batch's stride.
-    pub(super) starts: Option<Reference>,
 }
 
 impl Layout {
     /// Rows after one another without gaps.
     pub(super) fn packed(dtype: cudnnDataType_t, dims: [i64; 4]) -> Self {
         let [_, heads, rows, cols] = dims;
-        Self { dtype, dims, strides: [heads * rows * cols, rows * cols, cols, 1], starts: None }
-    }
-
-    /// `n` numbers, one a batch entry.
-    pub(super) fn list(dtype: cudnnDataType_t, n: i64) -> Self {
-        Self { dtype, dims: [n, 1, 1, 1], strides: [1; 4], starts: None }
+        Self { dtype, dims, strides: [heads * rows * cols, rows * cols, cols, 1] }
     }
 
     /// The same elements with rows and columns exchanged.
@@ -51,20 +43,6 @@ impl Layout {
     pub(super) fn of(self, dtype: cudnnDataType_t) -> Self {
         Self { dtype, ..self }
     }
-
-    /// The same with entries that start where a list says.
-    pub(super) fn starting(self, starts: Option<Reference>) -> Self {
-        Self { starts, ..self }
-    }
-}
-
-/// How many rows (m), columns (n) and terms (k) of a product count, by lists in memory of one number a batch entry. What has
-/// none counts whole.
-#[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Extent {
-    pub(super) m: Option<Reference>,
-    pub(super) n: Option<Reference>,
-    pub(super) k: Option<Reference>,
 }
 
 /// A graph under construction, and afterwards the owner of its descriptors.
@@ -105,16 +83,12 @@ impl Graph {
     }
 
     fn described(id: i64, layout: Layout) -> Result<Descriptor> {
-        let tensor = Descriptor::new(Kind::CUDNN_BACKEND_TENSOR_DESCRIPTOR)?
+        Descriptor::new(Kind::CUDNN_BACKEND_TENSOR_DESCRIPTOR)?
             .set(Attribute::CUDNN_ATTR_TENSOR_DATA_TYPE, &[layout.dtype])?
             .set(Attribute::CUDNN_ATTR_TENSOR_DIMENSIONS, &layout.dims)?
             .set(Attribute::CUDNN_ATTR_TENSOR_STRIDES, &layout.strides)?
             .set(Attribute::CUDNN_ATTR_TENSOR_UNIQUE_ID, &[id])?
-            .set(Attribute::CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, &[ADDRESS_ALIGNMENT])?;
-        match layout.starts {
-            Some(starts) => tensor.set(Attribute::CUDNN_ATTR_TENSOR_RAGGED_OFFSET_DESC, &[starts]),
-            None => Ok(tensor),
-        }
+            .set(Attribute::CUDNN_ATTR_TENSOR_BYTE_ALIGNMENT, &[ADDRESS_ALIGNMENT])
     }
 
     /// A tensor in memory, bound by `id` at each call.
@@ -133,7 +107,7 @@ impl Graph {
     fn scalar(&mut self, dtype: cudnnDataType_t, bits: u32) -> Result<Reference> {
         let id = self.own_id();
         self.scalars.push((id, bits));
-        let layout = Layout::list(dtype, 1);
+        let layout = Layout { dtype, dims: [1; 4], strides: [1; 4] };
         let descriptor = Self::described(id, layout)?.set(Attribute::CUDNN_ATTR_TENSOR_IS_BY_VALUE, &[true])?;
         self.keep(descriptor)
     }
@@ -149,25 +123,15 @@ impl Graph {
     }
 
     /// `c = a b`, accumulated in f32.
-    pub(super) fn matmul(&mut self, c: Reference, a: Reference, b: Reference, extent: Extent) -> Result {
+    pub(super) fn matmul(&mut self, c: Reference, a: Reference, b: Reference) -> Result {
         let matmul = Descriptor::new(Kind::CUDNN_BACKEND_MATMUL_DESCRIPTOR)?
             .set(Attribute::CUDNN_ATTR_MATMUL_COMP_TYPE, &[F32])?;
         let matmul = self.keep(matmul)?;
-        let mut operation = Descriptor::new(Kind::CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR)?
+        let operation = Descriptor::new(Kind::CUDNN_BACKEND_OPERATION_MATMUL_DESCRIPTOR)?
             .set(Attribute::CUDNN_ATTR_OPERATION_MATMUL_ADESC, &[a])?
             .set(Attribute::CUDNN_ATTR_OPERATION_MATMUL_BDESC, &[b])?
             .set(Attribute::CUDNN_ATTR_OPERATION_MATMUL_CDESC, &[c])?
             .set(Attribute::CUDNN_ATTR_OPERATION_MATMUL_DESC, &[matmul])?;
-        let sides = [
-            (Attribute::CUDNN_ATTR_OPERATION_MATMUL_GEMM_M_OVERRIDE_DESC, extent.m),
-            (Attribute::CUDNN_ATTR_OPERATION_MATMUL_GEMM_N_OVERRIDE_DESC, extent.n),
-            (Attribute::CUDNN_ATTR_OPERATION_MATMUL_GEMM_K_OVERRIDE_DESC, extent.k),
-        ];
-        for (attribute, counts) in sides {
-            if let Some(counts) = counts {
-                operation = operation.set(attribute, &[counts])?;
-            }
-        }
         self.operation(operation)
     }
 

@@ -1,18 +1,16 @@
 //! Attention through cuDNN's backend API: graphs of operations that the library recognises and runs as one kernel.
 //!
-//! [`descriptor`] wraps the library's objects, [`graph`] puts operations together, [`shape`] says how a call's tensors lie,
-//! [`sdpa`] writes the two graphs of attention, [`plan`] compiles and runs them. Plans are kept by shape: making one takes
-//! 0.04 to 0.7 s.
+//! [`descriptor`] wraps the library's objects, [`graph`] puts operations together, [`sdpa`] writes the two graphs of
+//! attention, [`plan`] compiles and runs them. Plans are kept by shape: making one takes 0.04 to 0.7 s.
 
 mod descriptor;
 mod graph;
 mod plan;
 mod sdpa;
-mod shape;
 
 use std::collections::HashMap;
 
-pub(super) use self::shape::{Mask, Shape};
+pub(super) use self::sdpa::{BACKWARD, FORWARD, Shape};
 use self::{
     descriptor::Library,
     plan::{Binding, Plan},
@@ -27,18 +25,12 @@ pub(super) enum Pass {
     Backward,
 }
 
-/// Plans that are kept. Packed calls share a few dozen; where none are made nearly every fragment has a shape of its own.
+/// Plans that are kept: of packed documents nearly every fragment has a shape of its own.
 const MOST_PLANS: usize = 2048;
-
-/// The first version whose packed calls take groups of query heads. The architecture whose packed calls are right: others sum
-/// gradients elsewhere.
-const PACKS_FROM: usize = 90_600;
-const PACKS_ON: i32 = 9;
 
 /// The library and the plans made of late.
 #[derive(Debug)]
 pub(super) struct Attention {
-    packs: bool,
     plans: HashMap<(Pass, Shape), Kept>,
     /// Asked for so far; tells which plans were used of late.
     asked: u64,
@@ -54,19 +46,7 @@ struct Kept {
 impl Attention {
     /// Opens cuDNN on the device's stream.
     pub(super) fn new(device: &Device) -> Result<Self> {
-        let library = Library::new(device.compute())?;
-        let packs = library.version() >= PACKS_FROM && device.generation()? == PACKS_ON;
-        Ok(Self { packs, plans: HashMap::new(), asked: 0, library })
-    }
-
-    /// Whether calls of many documents may be made.
-    pub(super) fn packs(&self) -> bool {
-        self.packs
-    }
-
-    /// Plans that are kept now.
-    pub(super) fn n_plans(&self) -> usize {
-        self.plans.len()
+        Ok(Self { plans: HashMap::new(), asked: 0, library: Library::new(device.compute())? })
     }
 
     /// Version as a number: 91900 is 9.19.0.
@@ -79,13 +59,16 @@ impl Attention {
         Ok(self.plan(pass, shape)?.workspace_bytes)
     }
 
-    /// Queues a call. `tensors` are addresses in the order of [`sdpa::tensors`]; `workspace` is the address of at least
-    /// [`Attention::workspace_bytes`] bytes.
+    /// Queues a call. `tensors` are addresses in the order of [`FORWARD`] or [`BACKWARD`]; `workspace` is the address of
+    /// at least [`Attention::workspace_bytes`] bytes.
     pub(super) fn run(&mut self, pass: Pass, shape: Shape, tensors: &[u64], workspace: u64) -> Result {
-        let ids = sdpa::tensors(pass, shape);
-        assert_eq!(ids.len(), tensors.len(), "tensors of an attention call");
+        let names: &[i64] = match pass {
+            Pass::Forward => &FORWARD,
+            Pass::Backward => &BACKWARD,
+        };
+        assert_eq!(names.len(), tensors.len(), "tensors of an attention call");
         let bindings: Vec<Binding> =
-            ids.into_iter().zip(tensors).map(|(id, address)| Binding { id, address: *address }).collect();
+            names.iter().zip(tensors).map(|(id, address)| Binding { id: *id, address: *address }).collect();
         self.plan(pass, shape)?;
         self.plans[&(pass, shape)].plan.run(&self.library, &bindings, workspace)
     }

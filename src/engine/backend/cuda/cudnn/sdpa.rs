@@ -1,16 +1,16 @@
-//! The two graphs of attention: queries of some kv heads' groups against keys, see [`super::shape`].
+//! The two graphs of attention: queries of some kv heads' groups against keys. A kv head is a batch entry to the library, so
+//! that all of them, one, or a part of one's group make one call.
 //!
-//! The library knows these exact sequences of operations and runs each as one kernel (FlashAttention-2, arXiv 2307.08691);
-//! another order of the same mathematics may be refused or slower. q, o and their gradients are columns of matrices with all
-//! heads, k and v likewise.
+//! In a causal call query i of `queries` is position `keys - queries + i`, so the mask starts at the bottom right. The library
+//! knows these exact sequences of operations and runs each as one kernel (FlashAttention-2, arXiv 2307.08691); another order
+//! of the same mathematics may be refused or slower. q, o and their gradients are columns of matrices with all heads, k and v
+//! likewise.
 
 use cudarc::cudnn::sys::{cudnnPointwiseMode_t as Pointwise, cudnnReduceTensorOp_t as Reduction};
 
 use super::{
-    Pass,
     descriptor::Reference,
-    graph::{BF16, BOOL, Extent, F32, Graph, I32, I64, Layout},
-    shape::{Mask, Shape},
+    graph::{BF16, BOOL, F32, Graph, I32, Layout},
 };
 use crate::engine::Result;
 
@@ -18,7 +18,7 @@ const Q: i64 = 1;
 const K: i64 = 2;
 const V: i64 = 3;
 const O: i64 = 4;
-/// Log-sum-exps `[heads, queries]` f32, rows `stats_stride` apart; in a packed call `[rows, heads]`, packed.
+/// Log-sum-exps `[heads, queries]` f32, rows `stats_stride` apart.
 const STATS: i64 = 5;
 const D_O: i64 = 6;
 /// `[queries, kv_heads heads d]` bf16, packed.
@@ -28,74 +28,78 @@ const DK: i64 = 8;
 const DV: i64 = 9;
 /// Row sums of do * o, laid out as STATS.
 const DELTA: i64 = 10;
-/// f32 `[kv_heads, heads, queries, d]` that dq is summed in; in a packed call laid out as DQ.
+/// f32 `[kv_heads, heads, queries, d]` that dq is summed in.
 const DQ_SUMS: i64 = 11;
-/// Of a packed call: where the rows of q, o and do of each document start, those of k and v, of the log-sum-exps and deltas,
-/// of dq, and of dk and dv. int64 `[documents + 1]`, in elements.
-const Q_STARTS: i64 = 12;
-const KV_STARTS: i64 = 13;
-const STATS_STARTS: i64 = 14;
-const DQ_STARTS: i64 = 15;
-const DKV_STARTS: i64 = 16;
-/// Queries and keys of each document: int32 `[documents]`.
-const Q_LENGTHS: i64 = 17;
-const KV_LENGTHS: i64 = 18;
-/// Of a packed call whose groups have more than one head: `[keys, kv_heads heads d]` bf16, packed, gradients of k and v before
-/// the sum over the heads of a group.
-const DK_BY_HEAD: i64 = 19;
-const DV_BY_HEAD: i64 = 20;
 
-/// Tensors of a call, in order: of both passes, of backward, then the same of a packed call.
-pub(super) fn tensors(pass: Pass, shape: Shape) -> Vec<i64> {
-    let mut ids = vec![Q, K, V, O, STATS];
-    if pass == Pass::Backward {
-        ids.extend([D_O, DQ, DK, DV, DELTA, DQ_SUMS]);
-    }
-    if shape.documents.is_some() {
-        ids.extend([Q_STARTS, KV_STARTS, STATS_STARTS, Q_LENGTHS, KV_LENGTHS]);
-        if pass == Pass::Backward {
-            ids.extend([DQ_STARTS, DKV_STARTS]);
-            if shape.heads > 1 {
-                ids.extend([DK_BY_HEAD, DV_BY_HEAD]);
-            }
-        }
-    }
-    ids
+/// Tensors of a forward call, in order.
+pub(crate) const FORWARD: [i64; 5] = [Q, K, V, O, STATS];
+/// Tensors of a backward call, in order.
+pub(crate) const BACKWARD: [i64; 11] = [Q, K, V, O, STATS, D_O, DQ, DK, DV, DELTA, DQ_SUMS];
+
+/// Sizes of a call, strides in elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub(crate) struct Shape {
+    /// Keys end where the queries do, and a query sees none after itself; otherwise every query sees every key.
+    pub(crate) causal: bool,
+    pub(crate) kv_heads: i64,
+    /// Query heads of each kv head of the call.
+    pub(crate) heads: i64,
+    pub(crate) head_dim: i64,
+    pub(crate) queries: i64,
+    pub(crate) keys: i64,
+    /// Between rows of q, o and do.
+    pub(crate) q_stride: i64,
+    /// Between rows of k and v.
+    pub(crate) kv_stride: i64,
+    /// Between heads of the log-sum-exps and deltas.
+    pub(crate) stats_stride: i64,
 }
 
-/// Queries and keys of each document, when they are not the shape's.
-#[derive(Debug, Clone, Copy, Default)]
-struct Lengths {
-    queries: Option<Reference>,
-    keys: Option<Reference>,
-}
-
-impl Lengths {
-    fn of(g: &mut Graph, shape: Shape) -> Result<Self> {
-        let Some(documents) = shape.documents else { return Ok(Self::default()) };
-        let mut list = |id| g.tensor(id, Layout::list(I32, documents)).map(Some);
-        Ok(Self { queries: list(Q_LENGTHS)?, keys: list(KV_LENGTHS)? })
+impl Shape {
+    fn scale(&self) -> f32 {
+        (1.0 / (self.head_dim as f64).sqrt()) as f32
     }
 
-    /// Of a product `[queries, keys]`.
-    fn scores(self) -> Extent {
-        Extent { m: self.queries, n: self.keys, k: None }
+    fn query_rows(&self) -> Layout {
+        let Self { kv_heads, heads, head_dim: d, queries, q_stride, .. } = *self;
+        Layout { dtype: BF16, dims: [kv_heads, heads, queries, d], strides: [heads * d, d, q_stride, 1] }
     }
 
-    /// Of a product over keys, `[queries, d]`.
-    fn over_keys(self) -> Extent {
-        Extent { m: self.queries, n: None, k: self.keys }
+    fn query_gradients(&self) -> Layout {
+        Self { q_stride: self.kv_heads * self.heads * self.head_dim, ..*self }.query_rows()
     }
 
-    /// Of a product over queries, `[keys, d]`.
-    fn over_queries(self) -> Extent {
-        Extent { m: self.keys, n: None, k: self.queries }
+    fn key_rows(&self) -> Layout {
+        let Self { kv_heads, head_dim: d, keys, kv_stride, .. } = *self;
+        Layout { dtype: BF16, dims: [kv_heads, 1, keys, d], strides: [d, d, kv_stride, 1] }
     }
-}
 
-/// Where the documents of a packed call start, by a list of this id.
-fn starts(g: &mut Graph, shape: Shape, id: i64) -> Result<Option<Reference>> {
-    shape.documents.map(|documents| g.tensor(id, Layout::list(I64, documents + 1))).transpose()
+    fn key_gradients(&self) -> Layout {
+        Self { kv_stride: self.kv_heads * self.head_dim, ..*self }.key_rows()
+    }
+
+    fn scores(&self) -> Layout {
+        Layout::packed(F32, [self.kv_heads, self.heads, self.queries, self.keys])
+    }
+
+    fn statistics(&self) -> Layout {
+        let Self { kv_heads, heads, queries, stats_stride, .. } = *self;
+        Layout { dtype: F32, dims: [kv_heads, heads, queries, 1], strides: [heads * stats_stride, stats_stride, 1, 1] }
+    }
+
+    /// A row statistic that never reaches memory.
+    fn row(&self) -> Layout {
+        Layout::packed(F32, [self.kv_heads, self.heads, self.queries, 1])
+    }
+
+    fn dq_sums(&self) -> Layout {
+        Layout::packed(F32, [self.kv_heads, self.heads, self.queries, self.head_dim])
+    }
+
+    /// Gradients of k or v before the sum over the heads of a group.
+    fn by_head(&self) -> Layout {
+        Layout::packed(BF16, [self.kv_heads, self.heads, self.keys, self.head_dim])
+    }
 }
 
 impl Graph {
@@ -106,80 +110,35 @@ impl Graph {
         Ok(y)
     }
 
-    /// `condition ? scores : -inf`.
-    fn hidden_unless(&mut self, shape: Shape, condition: Reference, scores: Reference) -> Result<Reference> {
-        let (masked, never) = (self.between(shape.scores())?, self.float(f32::NEG_INFINITY)?);
-        self.select(masked, condition, scores, never)?;
-        Ok(masked)
-    }
-
-    /// Row or column (axis 2, 3) of each score.
-    fn place(&mut self, shape: Shape, scores: Reference, axis: i64) -> Result<Reference> {
-        let place = self.between(shape.scores().of(I32))?;
-        self.index(place, scores, axis)?;
-        Ok(place)
-    }
-
-    /// Scores with -inf past the ends of each document.
-    fn within(&mut self, shape: Shape, scores: Reference, lengths: Lengths) -> Result<Reference> {
-        let (Some(queries), Some(keys)) = (lengths.queries, lengths.keys) else { return Ok(scores) };
-        let flags = shape.scores().of(BOOL);
-        let (row, column) = (self.place(shape, scores, 2)?, self.place(shape, scores, 3)?);
-        let row = self.apply(Pointwise::CUDNN_POINTWISE_CMP_LT, flags, row, Some(queries))?;
-        let column = self.apply(Pointwise::CUDNN_POINTWISE_CMP_LT, flags, column, Some(keys))?;
-        let both = self.apply(Pointwise::CUDNN_POINTWISE_LOGICAL_AND, flags, row, Some(column))?;
-        self.hidden_unless(shape, both, scores)
-    }
-
-    /// Scores with -inf where a key lies behind its query: column > row, or column > row + keys - queries.
-    fn masked(&mut self, shape: Shape, scores: Reference, lengths: Lengths) -> Result<Reference> {
-        if shape.mask == Mask::None {
+    /// Scores with -inf where a key lies after its query: column > row + keys - queries.
+    fn masked(&mut self, shape: Shape, scores: Reference) -> Result<Reference> {
+        if !shape.causal {
             return Ok(scores);
         }
-        let mut row = self.place(shape, scores, 2)?;
-        if shape.mask == Mask::CausalFromEnd {
-            for (mode, count, counts) in [
-                (Pointwise::CUDNN_POINTWISE_ADD, shape.keys, lengths.keys),
-                (Pointwise::CUDNN_POINTWISE_SUB, shape.queries, lengths.queries),
-            ] {
-                let moved = self.between(shape.scores().of(I32))?;
-                let count = counts.map_or_else(|| self.integer(count as i32), Ok)?;
+        let (numbers, flags) = (shape.scores().of(I32), shape.scores().of(BOOL));
+        let mut row = self.between(numbers)?;
+        self.index(row, scores, 2)?;
+        if shape.keys != shape.queries {
+            let steps = [(Pointwise::CUDNN_POINTWISE_ADD, shape.keys), (Pointwise::CUDNN_POINTWISE_SUB, shape.queries)];
+            for (mode, count) in steps {
+                let (moved, count) = (self.between(numbers)?, self.integer(count as i32)?);
                 self.pointwise(mode, moved, row, Some(count), I32)?;
                 row = moved;
             }
         }
-        let column = self.place(shape, scores, 3)?;
-        let seen = self.apply(Pointwise::CUDNN_POINTWISE_CMP_GE, shape.scores().of(BOOL), row, Some(column))?;
-        self.hidden_unless(shape, seen, scores)
+        let column = self.between(numbers)?;
+        self.index(column, scores, 3)?;
+        let seen = self.apply(Pointwise::CUDNN_POINTWISE_CMP_GE, flags, row, Some(column))?;
+        let (masked, never) = (self.between(shape.scores())?, self.float(f32::NEG_INFINITY)?);
+        self.select(masked, seen, scores, never)?;
+        Ok(masked)
     }
 
     /// `q k^T scale`, and the scalar that holds the scale.
-    fn scaled_scores(
-        &mut self,
-        shape: Shape,
-        (q, k_transposed): (Reference, Reference),
-        lengths: Lengths,
-    ) -> Result<(Reference, Reference)> {
+    fn scaled_scores(&mut self, shape: Shape, q: Reference, k_transposed: Reference) -> Result<(Reference, Reference)> {
         let (products, scale) = (self.between(shape.scores())?, self.float(shape.scale())?);
-        self.matmul(products, q, k_transposed, lengths.scores())?;
+        self.matmul(products, q, k_transposed)?;
         Ok((self.apply(Pointwise::CUDNN_POINTWISE_MUL, shape.scores(), products, Some(scale))?, scale))
-    }
-
-    /// `out = sum over heads of left right`: with one head no sum is written, for the library expects none. What each head
-    /// adds is memory of the library's own, or of a packed call's caller.
-    fn product_over_heads(
-        &mut self,
-        shape: Shape,
-        (out, by_head, id): (Reference, Layout, i64),
-        (left, right): (Reference, Reference),
-        lengths: Lengths,
-    ) -> Result {
-        if shape.heads == 1 {
-            return self.matmul(out, left, right, lengths.over_queries());
-        }
-        let by_head = if shape.documents.is_some() { self.tensor(id, by_head) } else { self.between(by_head) }?;
-        self.matmul(by_head, left, right, lengths.over_queries())?;
-        self.reduce(Reduction::CUDNN_REDUCE_TENSOR_ADD, out, by_head)
     }
 }
 
@@ -187,19 +146,14 @@ impl Graph {
 pub(super) fn forward(shape: Shape) -> Result<Graph> {
     let mut g = Graph::default();
     let scores = shape.scores();
-    let lengths = Lengths::of(&mut g, shape)?;
-    let query_starts = starts(&mut g, shape, Q_STARTS)?;
-    let key_starts = starts(&mut g, shape, KV_STARTS)?;
-    let stats_starts = starts(&mut g, shape, STATS_STARTS)?;
-    let q = g.tensor(Q, shape.query_rows().starting(query_starts))?;
-    let k = g.tensor(K, shape.key_rows().transposed().starting(key_starts))?;
-    let v = g.tensor(V, shape.key_rows().starting(key_starts))?;
-    let o = g.tensor(O, shape.query_rows().starting(query_starts))?;
-    let stats = g.tensor(STATS, shape.statistics().starting(stats_starts))?;
+    let q = g.tensor(Q, shape.query_rows())?;
+    let k = g.tensor(K, shape.key_rows().transposed())?;
+    let v = g.tensor(V, shape.key_rows())?;
+    let o = g.tensor(O, shape.query_rows())?;
+    let stats = g.tensor(STATS, shape.statistics())?;
 
-    let (scaled, _) = g.scaled_scores(shape, (q, k), lengths)?;
-    let within = g.within(shape, scaled, lengths)?;
-    let masked = g.masked(shape, within, lengths)?;
+    let (scaled, _) = g.scaled_scores(shape, q, k)?;
+    let masked = g.masked(shape, scaled)?;
     let max = g.between(shape.row())?;
     g.reduce(Reduction::CUDNN_REDUCE_TENSOR_MAX, max, masked)?;
     let below = g.apply(Pointwise::CUDNN_POINTWISE_SUB, scores, masked, Some(max))?;
@@ -209,7 +163,7 @@ pub(super) fn forward(shape: Shape) -> Result<Graph> {
     let log = g.apply(Pointwise::CUDNN_POINTWISE_LOG, shape.row(), sum, None)?;
     g.pointwise(Pointwise::CUDNN_POINTWISE_ADD, stats, max, Some(log), F32)?;
     let p = g.apply(Pointwise::CUDNN_POINTWISE_DIV, scores.of(BF16), exp, Some(sum))?;
-    g.matmul(o, p, v, lengths.over_keys())?;
+    g.matmul(o, p, v)?;
     Ok(g)
 }
 
@@ -219,23 +173,17 @@ pub(super) fn backward(shape: Shape) -> Result<Graph> {
     let mut g = Graph::default();
     let scores = shape.scores();
     let transposed = Layout { strides: scores.transposed().strides, ..scores.transposed() }.of(BF16);
-    let lengths = Lengths::of(&mut g, shape)?;
-    let query_starts = starts(&mut g, shape, Q_STARTS)?;
-    let key_starts = starts(&mut g, shape, KV_STARTS)?;
-    let stats_starts = starts(&mut g, shape, STATS_STARTS)?;
-    let dq_starts = starts(&mut g, shape, DQ_STARTS)?;
-    let dkv_starts = starts(&mut g, shape, DKV_STARTS)?;
-    let q = g.tensor(Q, shape.query_rows().starting(query_starts))?;
-    let k = g.tensor(K, shape.key_rows().transposed().starting(key_starts))?;
-    let v = g.tensor(V, shape.key_rows().transposed().starting(key_starts))?;
-    let o = g.tensor(O, shape.query_rows().starting(query_starts))?;
-    let stats = g.tensor(STATS, shape.statistics().starting(stats_starts))?;
-    let d_o = g.tensor(D_O, shape.query_rows().starting(query_starts))?;
-    let dq = g.tensor(DQ, shape.query_gradients().starting(dq_starts))?;
-    let dk = g.tensor(DK, shape.key_gradients().starting(dkv_starts))?;
-    let dv = g.tensor(DV, shape.key_gradients().starting(dkv_starts))?;
-    let delta = g.tensor(DELTA, shape.statistics().starting(stats_starts))?;
-    let dq_sums = g.tensor(DQ_SUMS, shape.dq_sums().starting(dq_starts))?;
+    let q = g.tensor(Q, shape.query_rows())?;
+    let k = g.tensor(K, shape.key_rows().transposed())?;
+    let v = g.tensor(V, shape.key_rows().transposed())?;
+    let o = g.tensor(O, shape.query_rows())?;
+    let stats = g.tensor(STATS, shape.statistics())?;
+    let d_o = g.tensor(D_O, shape.query_rows())?;
+    let dq = g.tensor(DQ, shape.query_gradients())?;
+    let dk = g.tensor(DK, shape.key_gradients())?;
+    let dv = g.tensor(DV, shape.key_gradients())?;
+    let delta = g.tensor(DELTA, shape.statistics())?;
+    let dq_sums = g.tensor(DQ_SUMS, shape.dq_sums())?;
 
     let products = g.apply(Pointwise::CUDNN_POINTWISE_MUL, shape.query_rows().of(F32), d_o, Some(o))?;
     let sums = g.between(shape.row())?;
@@ -243,28 +191,36 @@ pub(super) fn backward(shape: Shape) -> Result<Graph> {
     let one = g.float(1.0)?;
     g.pointwise(Pointwise::CUDNN_POINTWISE_MUL, delta, sums, Some(one), F32)?;
 
-    let (scaled, scale) = g.scaled_scores(shape, (q, k), lengths)?;
-    let within = g.within(shape, scaled, lengths)?;
-    let normalized = g.apply(Pointwise::CUDNN_POINTWISE_SUB, scores, within, Some(stats))?;
-    let masked = g.masked(shape, normalized, lengths)?;
+    let (scaled, scale) = g.scaled_scores(shape, q, k)?;
+    let normalized = g.apply(Pointwise::CUDNN_POINTWISE_SUB, scores, scaled, Some(stats))?;
+    let masked = g.masked(shape, normalized)?;
     let p = g.apply(Pointwise::CUDNN_POINTWISE_EXP, scores, masked, None)?;
     let p_transposed = g.between(transposed)?;
     g.reshape(p_transposed, p)?;
-    let by_head = shape.by_head().starting(dkv_starts);
-    g.product_over_heads(shape, (dv, by_head, DV_BY_HEAD), (p_transposed, d_o), lengths)?;
+    product_over_heads(&mut g, shape, dv, p_transposed, d_o)?;
 
     let dp = g.between(scores)?;
-    g.matmul(dp, d_o, v, lengths.scores())?;
+    g.matmul(dp, d_o, v)?;
     let centred = g.apply(Pointwise::CUDNN_POINTWISE_SUB, scores, dp, Some(delta))?;
     let weighted = g.apply(Pointwise::CUDNN_POINTWISE_MUL, scores, centred, Some(p))?;
     let ds = g.apply(Pointwise::CUDNN_POINTWISE_MUL, scores, weighted, Some(scale))?;
     let ds_transposed = g.between(transposed)?;
     g.reshape(ds_transposed, ds)?;
-    g.product_over_heads(shape, (dk, by_head, DK_BY_HEAD), (ds_transposed, q), lengths)?;
+    product_over_heads(&mut g, shape, dk, ds_transposed, q)?;
 
-    let k_rows = g.between(shape.key_rows().of(F32).starting(key_starts))?;
+    let k_rows = g.between(shape.key_rows().of(F32))?;
     g.reshape(k_rows, k)?;
-    g.matmul(dq_sums, ds, k_rows, lengths.over_keys())?;
+    g.matmul(dq_sums, ds, k_rows)?;
     g.pointwise(Pointwise::CUDNN_POINTWISE_IDENTITY, dq, dq_sums, None, F32)?;
     Ok(g)
+}
+
+/// `out = sum over heads of left right`: with one head no sum is written, for the library expects none.
+fn product_over_heads(g: &mut Graph, shape: Shape, out: Reference, left: Reference, right: Reference) -> Result {
+    if shape.heads == 1 {
+        return g.matmul(out, left, right);
+    }
+    let by_head = g.between(shape.by_head())?;
+    g.matmul(by_head, left, right)?;
+    g.reduce(Reduction::CUDNN_REDUCE_TENSOR_ADD, out, by_head)
 }
