@@ -6,7 +6,7 @@ use crate::domain::{
 };
 
 /// Names that [`named`] knows.
-pub const NAMES: [&str; 5] = ["tiny", "10m", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b"];
+pub const NAMES: [&str; 6] = ["tiny", "10m", "llama-3.2-1b", "llama-3.2-3b", "llama-3.1-8b", "llama-3.1-70b"];
 
 /// Widths of a decoder, in the order vocabulary, hidden, feed-forward, layers, heads, kv heads, head size.
 struct Widths(u64, u64, u64, u64, u64, u64, u64);
@@ -25,6 +25,7 @@ pub fn named(name: &str) -> Option<ModelConfig> {
         "llama-3.2-1b" => (Widths(128_256, 2048, 8192, 16, 32, 8, 64), true, llama3(32.0)),
         "llama-3.2-3b" => (Widths(128_256, 3072, 8192, 28, 24, 8, 128), true, llama3(32.0)),
         "llama-3.1-8b" => (Widths(128_256, 4096, 14_336, 32, 32, 8, 128), false, llama3(8.0)),
+        "llama-3.1-70b" => (Widths(128_256, 8192, 28_672, 80, 64, 8, 128), false, llama3(8.0)),
         _ => return None,
     };
     let Widths(vocab_size, hidden_size, intermediate_size, n_layers, n_heads, n_kv_heads, head_dim) = widths;

@@ -37,23 +37,60 @@ impl FromStr for DeviceKind {
     }
 }
 
-/// One device of a host and what the planner needs to know of it. Bytes are what a trainer may use, not what is built in.
+/// Devices alike and what the planner needs to know of them. Bytes are what a trainer may use, not what is built in.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Machine {
     /// Where ranks compute.
     pub device: DeviceKind,
     /// The device's own name, for people (`NVIDIA H200`, `AMD EPYC`).
     pub device_name: String,
-    /// How many devices there are (1 for the CPU).
+    /// How many devices of a host one plan may take. 1 for the CPU, whose ranks are threads.
     pub n_devices: u32,
+    /// Several such hosts that train together; `None` is one.
+    #[serde(default)]
+    pub network: Option<Network>,
     /// Bytes usable on one device. For the CPU: the host memory a trainer may use.
     pub device_bytes: u64,
-    /// Bytes of host memory usable beside the devices, over all ranks. 0 for the CPU, where it is `device_bytes` already.
+    /// Bytes of a host's memory usable beside its devices, over all of them. 0 for the CPU, where it is `device_bytes` already.
     pub host_bytes: u64,
-    /// Bytes usable on local disk for spilled tensors.
+    /// Bytes usable on a host's disk for spilled tensors, over all its devices.
     pub disk_bytes: u64,
     /// Measured or assumed speeds.
     pub rates: Rates,
+}
+
+/// Hosts alike that train together.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Network {
+    pub n_hosts: u32,
+    /// What one device sends to those of other hosts while all of its host do, bytes/s.
+    pub link_bytes: f64,
+}
+
+impl Machine {
+    /// Devices of all hosts.
+    pub fn all_devices(&self) -> u64 {
+        u64::from(self.n_devices) * self.network.map_or(1, |network| u64::from(network.n_hosts))
+    }
+
+    /// Ranks on the fullest host when there are `n_ranks`, a device each, host after host; ranks of a CPU are all on one.
+    pub fn ranks_on_host(&self, n_ranks: u64) -> u64 {
+        if self.network.is_some() { n_ranks.min(self.n_devices.into()) } else { n_ranks }
+    }
+
+    /// Devices of one host that one plan may take together: as much memory a device as the smallest has, and of the host's
+    /// memory and disk their shares together. `None` without devices.
+    pub fn together(devices: &[Self]) -> Option<Self> {
+        let least = |of: fn(&Self) -> u64| devices.iter().map(of).min();
+        Some(Self {
+            n_devices: devices.iter().map(|machine| machine.n_devices).sum(),
+            device_bytes: least(|machine| machine.device_bytes)?,
+            host_bytes: devices.iter().map(|machine| machine.host_bytes).sum(),
+            disk_bytes: devices.iter().map(|machine| machine.disk_bytes).sum(),
+            ..devices.first()?.clone()
+        })
+    }
 }
 
 /// Speeds of one device, per second. From a calibration, else from the data sheet or a guess that says so in `source`.
@@ -67,10 +104,10 @@ pub struct Rates {
     pub memory_bytes: f64,
     /// Host link, bytes/s each way.
     pub link_bytes: f64,
-    /// What one device sends to the others, bytes/s; 0 is not known, and planned for as the host link.
+    /// What one device sends to the others of its host, bytes/s; 0 is not known, and planned for as the host link.
     #[serde(default)]
     pub peer_bytes: f64,
-    /// Local disk, bytes/s.
+    /// Local disk, bytes/s; all devices of a host share it.
     pub disk_bytes: f64,
     /// `calibrated`, `data sheet` or `assumed`.
     pub source: String,

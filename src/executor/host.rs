@@ -27,6 +27,7 @@ pub fn cpu(work_dir: &Path, memory: Option<u64>, file: &MachineFile) -> Machine 
         device: DeviceKind::Cpu,
         device_name: cpu_name(),
         n_devices: 1,
+        network: None,
         device_bytes: memory.unwrap_or_else(usable_memory),
         host_bytes: 0,
         disk_bytes: (free_disk(work_dir) as f64 * SPILL_SHARE) as u64,

@@ -1,6 +1,6 @@
 //! What the search tries: sizes, places and shares, combined.
 
-use super::{Choice, Gradients, Place, Request, segments, shards, workspace};
+use super::{Choice, Gradients, Place, Request, ranks, segments, shards, workspace};
 use crate::domain::machine::DeviceKind;
 
 /// Sizes that a kind of device is tried with: enough rows for full GEMM speed, no more memory than that takes.
@@ -91,11 +91,12 @@ pub(super) fn checkpoint_host_rows(request: &Request, choice: &Choice, fits: imp
 fn chunks_and_tiles(request: &Request) -> Vec<(u64, u64)> {
     let Sizes { chunks, mlp_tiles, .. } = Sizes::of(request.machine.device);
     let ranks = request.ranks().sequence;
+    let whole = |chunk: u64| chunk.next_multiple_of(ranks::multiple(request.machine.device, ranks));
     let chunks: Vec<u64> = if let Some(chunk) = request.forced.chunk_tokens {
-        vec![chunk.next_multiple_of(ranks)]
+        vec![whole(chunk)]
     } else {
-        let longest = request.tokens.min(chunks[0].next_multiple_of(ranks));
-        chunks.iter().map(|c| c.next_multiple_of(ranks)).filter(|c| *c < longest).chain([longest]).collect()
+        let longest = request.tokens.min(whole(chunks[0]));
+        chunks.iter().map(|c| whole(*c)).filter(|c| *c < longest).chain([longest]).collect()
     };
     let tiles = request.forced.mlp_tile_rows.map_or(mlp_tiles.to_vec(), |rows| vec![rows]);
     let tiles_of = |chunk: u64| {
@@ -110,7 +111,7 @@ fn gradients(request: &Request) -> Vec<Gradients> {
     let widths = request.widths();
     match request.forced.gradients {
         Some(gradients) => vec![gradients],
-        None if widths.storage < widths.wide && request.micro_batches == 1 => vec![Gradients::Wide, Gradients::Storage],
+        None if widths.storage < widths.wide && request.sequences() == 1 => vec![Gradients::Wide, Gradients::Storage],
         None => vec![Gradients::Wide],
     }
 }

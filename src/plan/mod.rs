@@ -7,6 +7,7 @@
 mod choices;
 pub mod cost;
 pub mod layout;
+pub mod ranks;
 pub mod search;
 pub mod segments;
 pub mod shards;
@@ -22,6 +23,7 @@ use crate::domain::{
 };
 use layout::Element;
 pub use layout::{Category, Layout, Region, Slot};
+use traffic::{Seconds, Traffic};
 
 /// What is to be planned.
 #[derive(Debug, Clone, PartialEq)]
@@ -31,8 +33,10 @@ pub struct Request<'a> {
     pub moments: Moments,
     /// Longest sequence, in tokens with padding.
     pub tokens: u64,
-    /// Sequences whose gradients add up before an update.
+    /// Sequences whose gradients add up before an update, over all replicas: a property of the run, not of the devices. Replicas
+    /// take equal shares of them at the same time, and their number divides this.
     pub micro_batches: u64,
+    /// A plan takes as many of its devices as make it faster.
     pub machine: &'a Machine,
     /// Choices taken away from the search, for tests and benches.
     pub forced: Forced,
@@ -42,6 +46,8 @@ pub struct Request<'a> {
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Forced {
     pub ranks: Option<Ranks>,
+    /// Ranks that share a sequence, the number of replicas being free; [`ranks::check`] tells whether there are so many.
+    pub sequence_ranks: Option<u64>,
     pub chunk_tokens: Option<u64>,
     pub checkpoint_slots: Option<u64>,
     pub place: Option<Place>,
@@ -191,17 +197,25 @@ pub struct Plan {
     pub tokens: u64,
     pub choice: Choice,
     pub layout: Layout,
-    /// Bytes by category; their sum is the device arena, and the host arena.
+    /// Bytes of each rank by category; their sum is the device arena, and the host arena.
     pub ledger: Vec<(Category, u64)>,
     pub host_ledger: Vec<(Category, u64)>,
-    /// The device arena and what the process needs beside it (library scratch, thread stacks).
+    /// The device arena and what the process needs beside it (library scratch, thread stacks): of a rank on a GPU, of all ranks
+    /// on the CPU.
     pub predicted_peak_bytes: u64,
-    /// The host arena and what the process needs beside it. 0 on the CPU, where the device is the host.
+    /// A rank's host arena and what the process needs beside it. 0 on the CPU, where the device is the host.
     pub predicted_host_peak_bytes: u64,
-    /// Spill file, when layer inputs go to disk.
+    /// A rank's spill file, when layer inputs go to disk.
     pub disk_bytes: u64,
-    /// One forward, backward and update over one full sequence, whole causal attention.
+    /// One forward, backward and update over one full sequence on each replica, whole causal attention.
     pub step_seconds: f64,
+    /// Sequences that each replica takes in a step, one after another.
+    pub sequences: u64,
+    /// Forward and backward over all of these, and one update.
+    pub optimizer_step_seconds: f64,
+    /// What a rank sends to others in that time, and the seconds of it that this takes.
+    pub traffic: Traffic,
+    pub traffic_seconds: Seconds,
 }
 
 /// Why no plan exists.
@@ -239,9 +253,14 @@ impl From<Refusal> for Invalid {
 }
 
 impl Request<'_> {
-    /// The ranks that plans are made for.
+    /// The ranks that a plan is made for, once they are chosen.
     pub fn ranks(&self) -> Ranks {
         self.forced.ranks.unwrap_or(Ranks::ONE)
+    }
+
+    /// Sequences of a step on each replica.
+    pub fn sequences(&self) -> u64 {
+        self.micro_batches.div_ceil(self.ranks().data).max(1)
     }
 
     /// Element sizes of the run.
@@ -257,5 +276,5 @@ pub fn plan(request: &Request) -> Result<Plan, Refusal> {
 
 /// The longest sequence that this machine carries for this model, in tokens; 0 when none.
 pub fn longest(request: &Request) -> u64 {
-    search::longest(request)
+    search::longest(request).0
 }

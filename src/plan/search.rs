@@ -1,9 +1,11 @@
 //! The search: some thousand candidates, each laid out and priced; the fastest that fits wins.
 
 use super::{
-    Choice, Forced, Plan, Refusal, Request, choices,
-    cost::{disk_bytes, step_seconds},
+    Choice, Forced, Plan, Ranks, Refusal, Request, choices,
+    cost::{disk_bytes, step_seconds, traffic_seconds, update_seconds},
     layout::{Arena, lay_out},
+    ranks,
+    traffic::Traffic,
     workspace,
 };
 use crate::domain::{machine::DeviceKind, training::MAX_SEQUENCE_LENGTH};
@@ -11,8 +13,47 @@ use crate::domain::{machine::DeviceKind, training::MAX_SEQUENCE_LENGTH};
 /// Sequence lengths reported as the longest are multiples of this.
 const LENGTH_STEP: u64 = 128;
 
-/// The fastest plan that fits, if any does.
+/// The fastest plan that fits, if any does; of equals the one with most ranks.
 pub fn fastest(request: &Request) -> Option<Plan> {
+    let plans = ranks::arrangements(request).into_iter().filter_map(|ranks| fastest_of(&arranged(request, ranks)));
+    plans.min_by(|a, b| a.optimizer_step_seconds.total_cmp(&b.optimizer_step_seconds))
+}
+
+/// The longest sequence with a plan, in tokens, and the ranks that carry it.
+pub fn longest(request: &Request) -> (u64, Ranks) {
+    let mut longest = (0, Ranks::ONE);
+    for (i, ranks) in ranks::arrangements(request).into_iter().enumerate() {
+        let longer = longest_of(request, ranks, longest.0);
+        if longer > longest.0 || i == 0 {
+            longest = (longer, ranks);
+        }
+    }
+    longest
+}
+
+/// Why nothing fits: measured on the ranks that carry most, there on the candidate that comes nearest.
+pub fn refusal(request: &Request) -> Refusal {
+    let (longest_tokens, ranks) = longest(request);
+    let arranged = arranged(request, ranks);
+    let all = choices::bare(&arranged).into_iter().flat_map(|bare| placed(&arranged, &bare));
+    let walls = all.map(|choice| Needs::of(&arranged, &choice).walls(&arranged));
+    let excess = |(_, needed, available): &(&str, u64, u64)| needed.saturating_sub(*available);
+    let nearest = walls.min_by_key(|walls| walls.iter().map(excess).sum::<u64>());
+    let wall = nearest.and_then(|walls| walls.into_iter().max_by_key(excess));
+    let (wall, needed_bytes, available_bytes) =
+        wall.unwrap_or(("device memory", u64::MAX, request.machine.device_bytes));
+    Refusal { tokens: request.tokens, longest_tokens, wall: wall.into(), needed_bytes, available_bytes }
+}
+
+/// The request for these ranks: tokens that they divide.
+fn arranged<'a>(request: &Request<'a>, ranks: Ranks) -> Request<'a> {
+    let multiple = ranks::multiple(request.machine.device, ranks.sequence);
+    let forced = Forced { ranks: Some(ranks), ..request.forced };
+    Request { tokens: request.tokens.next_multiple_of(multiple), forced, ..request.clone() }
+}
+
+/// The fastest plan for the request's ranks.
+fn fastest_of(request: &Request) -> Option<Plan> {
     let seconds =
         |choice: &Choice| step_seconds(request.model, request.machine, request.widths(), request.tokens, choice);
     candidates(request)
@@ -23,42 +64,27 @@ pub fn fastest(request: &Request) -> Option<Plan> {
         .map(|(seconds, choice)| planned(request, choice, seconds))
 }
 
-/// The longest sequence with a plan, in tokens.
-pub fn longest(request: &Request) -> u64 {
-    let possible = |tokens: u64| {
-        let request = Request { tokens, ..request.clone() };
+/// The longest sequence that these ranks carry, if it is longer than `known`; else `known`.
+fn longest_of(request: &Request, ranks: Ranks, known: u64) -> u64 {
+    let possible = |steps: u64| {
+        let request = arranged(&Request { tokens: steps * LENGTH_STEP, ..request.clone() }, ranks);
         choices::bare(&request)
             .into_iter()
             .any(|bare| placed(&request, &bare).iter().any(|choice| Needs::of(&request, choice).fit(&request)))
     };
-    let (mut low, mut high) = (0, MAX_SEQUENCE_LENGTH / LENGTH_STEP);
+    let (mut low, mut high) = (known / LENGTH_STEP, MAX_SEQUENCE_LENGTH / LENGTH_STEP);
+    if low > 0 && !possible(low + 1) {
+        return known;
+    }
     while low < high {
         let middle = (low + high).div_ceil(2);
-        if possible(middle * LENGTH_STEP) {
+        if possible(middle) {
             low = middle;
         } else {
             high = middle - 1;
         }
     }
     low * LENGTH_STEP
-}
-
-/// Why nothing fits: measured on the candidate that comes nearest.
-pub fn refusal(request: &Request) -> Refusal {
-    let all = choices::bare(request).into_iter().flat_map(|bare| placed(request, &bare));
-    let walls = all.map(|choice| Needs::of(request, &choice).walls(request));
-    let excess = |(_, needed, available): &(&str, u64, u64)| needed.saturating_sub(*available);
-    let nearest = walls.min_by_key(|walls| walls.iter().map(excess).sum::<u64>());
-    let wall = nearest.and_then(|walls| walls.into_iter().max_by_key(excess));
-    let (wall, needed_bytes, available_bytes) =
-        wall.unwrap_or(("device memory", u64::MAX, request.machine.device_bytes));
-    Refusal {
-        tokens: request.tokens,
-        longest_tokens: longest(request),
-        wall: wall.into(),
-        needed_bytes,
-        available_bytes,
-    }
 }
 
 /// Bytes at the peak.
@@ -72,16 +98,16 @@ impl Needs {
     fn of(request: &Request, choice: &Choice) -> Self {
         let layout = lay_out(request.model, request.widths(), request.tokens, choice);
         let process = workspace::process(request.machine.device, choice.ranks);
-        // Of a machine with several devices each rank has its own; the host's memory and disk are theirs together.
-        let world = choice.ranks.world();
-        let (device_ranks, host_ranks) = match request.machine.device {
-            DeviceKind::Cpu => (world, world),
-            DeviceKind::Cuda => (1, world),
+        // Each rank has a GPU of its own; a host's memory and disk are those of all ranks on it.
+        let here = request.machine.ranks_on_host(choice.ranks.world());
+        let on_device = match request.machine.device {
+            DeviceKind::Cpu => here,
+            DeviceKind::Cuda => 1,
         };
         Self {
-            device: device_ranks * (layout.bytes + process.device),
-            host: host_ranks * (layout.host_bytes + process.host),
-            disk: world * disk_bytes(request.model, request.widths(), request.tokens, choice),
+            device: on_device * (layout.bytes + process.device),
+            host: here * (layout.host_bytes + process.host),
+            disk: here * disk_bytes(request.model, request.widths(), request.tokens, choice),
         }
     }
 
@@ -208,7 +234,10 @@ fn with_extras(request: &Request, mut choice: Choice) -> Choice {
 
 fn planned(request: &Request, choice: Choice, step_seconds: f64) -> Plan {
     let needs = Needs::of(request, &choice);
-    let layout = lay_out(request.model, request.widths(), request.tokens, &choice);
+    let (model, machine, widths, n) = (request.model, request.machine, request.widths(), request.sequences());
+    let layout = lay_out(model, widths, request.tokens, &choice);
+    // Only one update, whatever the number of sequences.
+    let others = (n - 1) as f64 * (step_seconds - update_seconds(model, machine, widths, &choice));
     Plan {
         device: request.machine.device,
         precision: request.precision,
@@ -216,9 +245,18 @@ fn planned(request: &Request, choice: Choice, step_seconds: f64) -> Plan {
         ledger: layout.ledger(Arena::Device),
         host_ledger: layout.ledger(Arena::Host),
         predicted_peak_bytes: needs.device,
+<<<<<<< HEAD
+        predicted_host_peak_bytes: layout.host_bytes + workspace::process(request.machine.device).host,
+        disk_bytes: disk_bytes(model, widths, request.tokens, &choice),
+=======
         predicted_host_peak_bytes: layout.host_bytes + workspace::process(request.machine.device, choice.ranks).host,
         disk_bytes: needs.disk,
+>>>>>>> main
         step_seconds,
+        sequences: n,
+        optimizer_step_seconds: step_seconds + others,
+        traffic: Traffic::of(model, widths, request.tokens, &choice).times(n),
+        traffic_seconds: traffic_seconds(model, machine, widths, request.tokens, &choice).times(n),
         choice,
         layout,
     }

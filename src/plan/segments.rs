@@ -46,3 +46,15 @@ pub fn slots_needed(starts: &[u64], n_layers: u64) -> u64 {
         .max()
         .unwrap_or(0)
 }
+
+/// Layers in the order in which a step comes to them: forward, then segment by segment from the last, each re-run but for its
+/// last layer and walked back.
+pub fn walk(starts: &[u64], n_layers: u64) -> Vec<u64> {
+    let mut order: Vec<u64> = (0..n_layers).collect();
+    for (i, start) in starts.iter().enumerate().rev() {
+        let end = starts.get(i + 1).copied().unwrap_or(n_layers);
+        order.extend(*start..end - 1);
+        order.extend((*start..end).rev());
+    }
+    order
+}

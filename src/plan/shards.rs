@@ -40,6 +40,12 @@ pub fn heads(model: &ModelConfig, ranks: Ranks) -> Vec<Vec<HeadRun>> {
     (0..ranks.sequence).map(of).collect()
 }
 
+/// Columns of keys over the whole sequence's tensors of all ranks: more than the model has where ranks share heads.
+pub fn all_kv_columns(model: &ModelConfig, ranks: Ranks) -> u64 {
+    let n_kv_heads: u64 = heads(model, ranks).iter().flatten().map(HeadRun::n_kv_heads).sum();
+    n_kv_heads * model.head_dim
+}
+
 /// Columns of queries, and of keys at most, in the whole sequence's tensors of a rank.
 pub fn head_columns(model: &ModelConfig, ranks: Ranks) -> (u64, u64) {
     let kv = heads(model, ranks).iter().map(|runs| runs.iter().map(HeadRun::n_kv_heads).sum()).max().unwrap_or(0);

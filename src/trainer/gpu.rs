@@ -92,6 +92,7 @@ fn machine_of(gpu: &Gpu, n_gpus: u64, host: &Machine, stated: &Stated) -> Result
         device: DeviceKind::Cuda,
         device_name: gpu.name.clone(),
         n_devices: 1,
+        network: None,
         device_bytes,
         // Each GPU may train a job of its own at the same time.
         host_bytes: host.device_bytes / n_gpus,

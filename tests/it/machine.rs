@@ -88,6 +88,49 @@ fn a_plan_is_made_for_a_gpu_that_is_only_named() {
 }
 
 #[test]
+fn a_plan_for_several_gpus_tells_ranks_and_traffic() {
+    let sandbox = Sandbox::new("several");
+    let gpus = ["plan", "--shape", "llama-3.2-1b", "--gpu", "H200", "--gpus", "4", "--sequence-length", "65536"];
+    let plan = |more: &[&'static str]| [&gpus[..], more].concat();
+    let planned: Value = said(sandbox.path(), &plan(&["--json"]));
+    assert_eq!(planned["plan"]["choice"]["ranks"], json!({ "sequence": 4, "data": 1 }));
+    let sent = |planned: &Value, what: &str| planned["plan"]["traffic"][what].as_u64().unwrap();
+    assert!(["weights", "gradients", "heads"].iter().all(|what| sent(&planned, what) > 0), "{planned}");
+    assert!(planned["plan"]["traffic_seconds"]["heads"].as_f64().unwrap() > 0.0);
+
+    // Slower links and hosts of their own: the same bytes take longer.
+    let alike = ["--hosts", "2", "--network-bandwidth", "50e9", "--gradient-accumulation-steps", "2"];
+    let two: Value = said(sandbox.path(), &plan(&[&alike[..], &["--sequence-ranks", "4", "--json"]].concat()));
+    assert_eq!(two["plan"]["choice"]["ranks"], json!({ "sequence": 4, "data": 2 }));
+    let slow: Value = said(sandbox.path(), &plan(&["--peer-bandwidth", "1e9", "--sequence-ranks", "4", "--json"]));
+    let seconds = |planned: &Value| planned["plan"]["traffic_seconds"]["heads"].as_f64().unwrap();
+    assert_eq!(sent(&slow, "gradients"), sent(&planned, "gradients"));
+    assert!(seconds(&slow) > 10.0 * seconds(&planned));
+
+    let output = longhaul(sandbox.path(), &plan(&alike));
+    let text = String::from_utf8(output.stdout).unwrap();
+    for words in ["devices    8 of 2 x 4", "a rank holds", "a rank sends", "weights ", "gradients ", "heads "] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+    for (more, words) in [
+        (&["--sequence-ranks", "3"][..], &["--sequence-ranks", "32 query heads", "1, 2, 4"][..]),
+        (&["--device", "cpu"], &["--gpu", "--gpus"]),
+    ] {
+        let refused = complaint(sandbox.path(), &plan(more), 1);
+        assert!(words.iter().all(|word| refused.contains(word)), "{more:?}: {refused}");
+    }
+    for (more, words) in [
+        (&["--hosts", "2"][..], &["required"][..]),
+        (&["--peer-bandwidth", "0"], &["--peer-bandwidth", "bytes a second"]),
+        (&["--gpus", "0"], &["--gpus"]),
+    ] {
+        let rest = [&gpus[..5], more].concat();
+        let refused = complaint(sandbox.path(), &rest, 2);
+        assert!(words.iter().all(|word| refused.contains(word)), "{more:?}: {refused}");
+    }
+}
+
+#[test]
 fn flags_that_say_nothing_are_refused_by_name() {
     let sandbox = Sandbox::new("flags");
     for (arguments, words) in [

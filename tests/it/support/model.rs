@@ -23,6 +23,7 @@ pub fn machine(bytes: u64) -> Machine {
         device: DeviceKind::Cpu,
         device_name: "test".into(),
         n_devices: 1,
+        network: None,
         device_bytes: bytes,
         host_bytes: 0,
         disk_bytes: 1 << 30,

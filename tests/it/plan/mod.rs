@@ -1,5 +1,8 @@
 //! The planner: what it lays out, what it chooses, what it refuses.
 
+mod ranks;
+mod traffic;
+
 use longhaul::{
     bench::shapes,
     domain::{
