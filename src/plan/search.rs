@@ -245,13 +245,8 @@ fn planned(request: &Request, choice: Choice, step_seconds: f64) -> Plan {
         ledger: layout.ledger(Arena::Device),
         host_ledger: layout.ledger(Arena::Host),
         predicted_peak_bytes: needs.device,
-<<<<<<< HEAD
-        predicted_host_peak_bytes: layout.host_bytes + workspace::process(request.machine.device).host,
-        disk_bytes: disk_bytes(model, widths, request.tokens, &choice),
-=======
         predicted_host_peak_bytes: layout.host_bytes + workspace::process(request.machine.device, choice.ranks).host,
-        disk_bytes: needs.disk,
->>>>>>> main
+        disk_bytes: disk_bytes(model, widths, request.tokens, &choice),
         step_seconds,
         sequences: n,
         optimizer_step_seconds: step_seconds + others,
