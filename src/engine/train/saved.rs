@@ -64,9 +64,11 @@ fn own<B: Backend, C: Comm<B>>(session: &Session<B, C>, parameter: &Named) -> Pa
     own.map_or(Part { first: parameter.first, n: 0, at: 0 }, |(_, part)| part)
 }
 
+/// Values as they are stored. In bf16 they round as masters do, so that the low halves belong to them, also of values that lie
+/// in the middle between two.
 fn encode(values: &[f32], dtype: DType) -> Vec<u8> {
     match dtype {
-        DType::Bf16 => values.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()).collect(),
+        DType::Bf16 => values.iter().flat_map(|v| adamw::parts(*v).0.to_le_bytes()).collect(),
         DType::F64 => values.iter().flat_map(|v| f64::from(*v).to_le_bytes()).collect(),
         _ => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
     }
