@@ -8,6 +8,8 @@
 // multiples of the unit.
 #include <cstdint>
 
+constexpr int THREADS = 256;
+
 template <class Unit, class Use>
 __device__ __forceinline__ void by_unit(Unit* to, const Unit* from, int64_t to_stride, int64_t from_stride, int64_t width,
                                         int64_t n, const Use& use) {
@@ -18,25 +20,29 @@ __device__ __forceinline__ void by_unit(Unit* to, const Unit* from, int64_t to_s
     }
 }
 
-extern "C" __global__ void copy_columns_16(uint4* __restrict__ to, const uint4* __restrict__ from, int64_t to_stride,
-                                           int64_t from_stride, int64_t width, int64_t n) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+copy_columns_16(uint4* __restrict__ to, const uint4* __restrict__ from, int64_t to_stride,
+                int64_t from_stride, int64_t width, int64_t n) {
     by_unit(to, from, to_stride, from_stride, width, n, [](uint4* a, const uint4* b) { *a = *b; });
 }
 
-extern "C" __global__ void copy_columns_2(uint16_t* __restrict__ to, const uint16_t* __restrict__ from, int64_t to_stride,
-                                          int64_t from_stride, int64_t width, int64_t n) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+copy_columns_2(uint16_t* __restrict__ to, const uint16_t* __restrict__ from, int64_t to_stride,
+               int64_t from_stride, int64_t width, int64_t n) {
     by_unit(to, from, to_stride, from_stride, width, n, [](uint16_t* a, const uint16_t* b) { *a = *b; });
 }
 
-extern "C" __global__ void add_columns_4(float4* __restrict__ to, const float4* __restrict__ from, int64_t to_stride,
-                                         int64_t from_stride, int64_t width, int64_t n) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+add_columns_4(float4* __restrict__ to, const float4* __restrict__ from, int64_t to_stride,
+              int64_t from_stride, int64_t width, int64_t n) {
     by_unit(to, from, to_stride, from_stride, width, n, [](float4* a, const float4* b) {
         const float4 x = *a, y = *b;
         *a = make_float4(x.x + y.x, x.y + y.y, x.z + y.z, x.w + y.w);
     });
 }
 
-extern "C" __global__ void add_columns_1(float* __restrict__ to, const float* __restrict__ from, int64_t to_stride,
-                                         int64_t from_stride, int64_t width, int64_t n) {
+extern "C" __global__ void __launch_bounds__(THREADS)
+add_columns_1(float* __restrict__ to, const float* __restrict__ from, int64_t to_stride,
+              int64_t from_stride, int64_t width, int64_t n) {
     by_unit(to, from, to_stride, from_stride, width, n, [](float* a, const float* b) { *a += *b; });
 }
