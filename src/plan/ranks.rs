@@ -41,8 +41,8 @@ pub fn check(param: &str, wish: u64, model: &ModelConfig, machine: &Machine) -> 
     }
     let known: Vec<String> = sizes.iter().map(u64::to_string).collect();
     let message = format!(
-        "{param} {wish}: so many ranks cannot share a sequence, for the model has {} query heads, which must be dealt \
-         evenly, and there are {devices} devices; take one of {}",
+        "{param} {wish}: the model has {} query heads, which are dealt evenly to the ranks of a sequence, and there are \
+         {devices} devices; take one of {}",
         model.n_heads,
         known.join(", ")
     );
