@@ -18,8 +18,8 @@ use crate::{
 const MARGIN_BYTES: u64 = 512 << 20;
 
 /// A kind of card and its speeds until a calibration has measured them: bf16 products and causal attention (forward and
-/// backward by their shares), FLOP/s; device memory and the link to the host, bytes/s. The vendor's data sheets less what
-/// kernels usually leave of them.
+/// backward by their shares), FLOP/s; device memory, the link to the host, and what one card sends to others of its host,
+/// bytes/s. The vendor's data sheets less what kernels usually leave of them.
 struct Card {
     /// Part of the name that the driver gives.
     name: &'static str,
