@@ -189,13 +189,11 @@ impl Ulysses {
         to: impl Fn(usize) -> Tensor,
     ) -> Result {
         for i in 0..self.most_runs() {
-            let mut blocks = Blocks::new(packed, local);
-            let leaving: Vec<Tensor> =
-                self.heads.iter().map(|runs| blocks.take(self.columns(runs.get(i), kind).1)).collect();
-            for (runs, block) in self.heads.iter().zip(&leaving) {
-                let (first, columns) = self.columns(runs.get(i), kind);
-                b.copy_columns((*block, 0), (local, first), columns)?;
+            let blocks = self.blocks(i, kind, local, packed);
+            for (block, first) in &blocks {
+                b.copy_columns((*block, 0), (local, *first), block.cols)?;
             }
+            let leaving: Vec<Tensor> = blocks.into_iter().map(|(block, _)| block).collect();
             let arriving = self.pieces(i, local, &to);
             in_turn(b, |b| comm.all_to_all(b, &arriving, &leaving))?;
         }
@@ -216,20 +214,33 @@ impl Ulysses {
             b.fill(local, 0.0)?;
         }
         for i in 0..self.most_runs() {
-            let mut blocks = Blocks::new(packed, local);
-            let arriving: Vec<Tensor> =
-                self.heads.iter().map(|runs| blocks.take(self.columns(runs.get(i), kind).1)).collect();
+            let blocks = self.blocks(i, kind, local, packed);
+            let arriving: Vec<Tensor> = blocks.iter().map(|(block, _)| *block).collect();
             let leaving = self.pieces(i, local, &from);
             in_turn(b, |b| comm.all_to_all(b, &arriving, &leaving))?;
-            for (runs, block) in self.heads.iter().zip(&arriving) {
-                let (first, columns) = self.columns(runs.get(i), kind);
+            for (block, first) in blocks {
                 match kind {
-                    Kind::Queries => b.copy_columns((local, first), (*block, 0), columns)?,
-                    Kind::Keys => b.add_columns((local, first), (*block, 0), columns)?,
+                    Kind::Queries => b.copy_columns((local, first), (block, 0), block.cols)?,
+                    Kind::Keys => b.add_columns((local, first), (block, 0), block.cols)?,
                 }
             }
         }
         Ok(())
+    }
+
+    /// Where the columns of each rank's run `i` lie packed, one block behind the other with as many rows as `local` and of its
+    /// type; and the first of these columns among all heads.
+    fn blocks(&self, i: usize, kind: Kind, local: Tensor, packed: Tensor) -> Vec<(Tensor, u64)> {
+        let elements = packed.bytes() / local.dtype.bytes();
+        let scratch = Tensor { dtype: local.dtype, rows: 1, cols: elements, ..packed };
+        let mut taken = 0;
+        let block = |runs: &Vec<HeadRun>| {
+            let (first, columns) = self.columns(runs.get(i), kind);
+            let n = local.rows * columns;
+            taken += n;
+            (scratch.part(taken - n, n).shaped(local.rows, columns), first)
+        };
+        self.heads.iter().map(block).collect()
     }
 
     /// Every rank's piece of a run's rows, in order; nothing where this rank has no such run.
@@ -292,26 +303,5 @@ impl Exchange {
         let cut = |x: Tensor| x.rows(0, n);
         let both = |kv: KeysValues| KeysValues { k: cut(kv.k), v: cut(kv.v) };
         Self { q: cut(self.q), o: cut(self.o), kv: both(self.kv), dkv: both(self.dkv), packed: self.packed }
-    }
-}
-
-/// Hands out blocks of a scratch buffer, one behind the other, each with as many rows as a matrix and of its type.
-struct Blocks {
-    scratch: Tensor,
-    rows: u64,
-    taken: u64,
-}
-
-impl Blocks {
-    fn new(scratch: Tensor, like: Tensor) -> Self {
-        let elements = scratch.bytes() / like.dtype.bytes();
-        Self { scratch: Tensor { dtype: like.dtype, rows: 1, cols: elements, ..scratch }, rows: like.rows, taken: 0 }
-    }
-
-    fn take(&mut self, columns: u64) -> Tensor {
-        let n = self.rows * columns;
-        let block = self.scratch.part(self.taken, n).shaped(self.rows, columns);
-        self.taken += n;
-        block
     }
 }

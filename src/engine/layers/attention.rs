@@ -22,18 +22,18 @@ pub struct Weights {
     pub output: Tensor,
 }
 
-/// Buffers for c rows.
+/// Buffers for a chunk of c rows, of which the rank has n, with its hq of the nq query heads.
 #[derive(Debug, Clone, Copy)]
 pub struct Work {
-    /// `[c, h]`: normed input, and its gradient at the end.
+    /// `[n, h]`: normed input, and its gradient at the end.
     pub norm: Tensor,
-    /// `[c, (nq + 2 nk) d]`: the fused projection, or its gradient.
+    /// `[n, (nq + 2 nk) d]`: the fused projection, or its gradient.
     pub qkv: Tensor,
-    /// `[c, nq d]`
+    /// `[c, hq d]`
     pub d_o: Tensor,
-    /// `[c, nq d]`
+    /// `[c, hq d]`
     pub dq: Tensor,
-    /// `[nq, c]` wide
+    /// `[hq, c]` wide
     pub delta: Tensor,
     /// Bytes.
     pub scratch: Tensor,
@@ -42,11 +42,11 @@ pub struct Work {
 /// Queries, output and log-sum-exp of one chunk: work buffers, or rows of what is kept.
 #[derive(Debug, Clone, Copy)]
 pub struct Activations {
-    /// `[c, nq d]`
+    /// `[c, hq d]`
     pub q: Tensor,
-    /// `[c, nq d]`
+    /// `[c, hq d]`
     pub o: Tensor,
-    /// `[nq, c]` wide
+    /// `[hq, c]` wide
     pub lse: Tensor,
 }
 

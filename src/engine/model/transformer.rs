@@ -34,6 +34,8 @@ pub struct Transformer {
     pub grads: Gradients,
     /// First layers of the segments whose inputs are kept, ascending from 0.
     pub segment_starts: Vec<u64>,
+    /// Layers in the order in which a step comes to them.
+    pub order: Vec<u64>,
     pub checkpoints: CheckpointOffload,
     pub block: block::Work,
     pub loss: TiledLoss,
@@ -82,7 +84,7 @@ impl Transformer {
         let (x, dy, ids) = (at.local(self.x), at.local(self.dy), at.local(self.ids));
         self.zero3.gather_embedding((b, &mut comm.world))?;
         b.embedding(x, ids, self.weights.embedding)?;
-        let mut coming = Coming { weights: self.zero3.walk(self.order()), input: None };
+        let mut coming = Coming { weights: self.zero3.walk(self.order.clone()), input: None };
         for layer in 0..self.config.n_layers {
             let keep = self.segment_starts.contains(&layer);
             self.layer_forward((b, comm), (layer, keep), at, Pass::First, &mut coming.weights)?;
@@ -149,17 +151,6 @@ impl Transformer {
     /// Layers `start..end` of a segment.
     fn segment(&self, segment: usize) -> Range<u64> {
         self.segment_starts[segment]..self.segment_starts.get(segment + 1).copied().unwrap_or(self.config.n_layers)
-    }
-
-    /// The layers that a step works on, one after another.
-    fn order(&self) -> Vec<u64> {
-        let mut order: Vec<u64> = (0..self.config.n_layers).collect();
-        for segment in (0..self.segment_starts.len()).rev() {
-            let Range { start, end } = self.segment(segment);
-            order.extend(start..end - 1);
-            order.extend((start..end).rev());
-        }
-        order
     }
 
     /// The sequence as a layer sees it.

@@ -30,7 +30,7 @@ use crate::{
     plan::{
         Layout, Place, Plan, Ranks, Slot,
         layout::{Arena, Element},
-        shards,
+        segments, shards,
     },
 };
 
@@ -259,6 +259,7 @@ pub fn bind<B: Backend>(b: &B, plan: &Plan, rank: u64, config: &ModelConfig, spi
         zero3: Zero3 { outside: binding.outside(&own), layers: own.layers, buffers: binding.two(Slot::LayerWeights) },
         weights: shapes,
         segment_starts: plan.choice.segment_starts.clone(),
+        order: segments::walk(&plan.choice.segment_starts, config.n_layers),
         checkpoints: CheckpointOffload::new(slots, (plan.choice.local(plan.tokens), plan.tokens), binding.kept()),
         block: binding.block(config, ranks, (rank % ranks.sequence) as usize),
         loss: TiledLoss { work: loss_work, eps },
