@@ -4,5 +4,6 @@ pub mod calibrate;
 pub mod ops;
 mod random;
 mod ranks;
+mod sequence;
 pub mod shapes;
 pub mod step;

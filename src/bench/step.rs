@@ -10,6 +10,7 @@ use super::{
     random,
     random::Random,
     ranks::{self, Place},
+    sequence::Sequence,
     shapes,
 };
 use crate::{
@@ -23,7 +24,7 @@ use crate::{
         backend::{AdamW, Backend, DType, Tensor, cpu::Cpu, cuda::Cuda},
         comm::{Comm, Groups, HostComm, nccl::Nccl, tcp::Tcp},
         meter,
-        model::{Batch, MemoryProof},
+        model::MemoryProof,
         train::session::{Session, Totals},
     },
     plan::{self, Forced, Gradients, Plan, Ranks},
@@ -42,6 +43,9 @@ pub struct Args {
     /// Tokens of the one sequence of a step
     #[arg(long, default_value_t = 2048)]
     pub tokens: u64,
+    /// Packs the sequence of documents of so many tokens on average, other ones in every step
+    #[arg(long)]
+    pub document_tokens: Option<u64>,
     /// cpu or cuda
     #[arg(long, default_value = "cpu")]
     pub device: String,
@@ -236,6 +240,9 @@ fn shape(args: &Args) -> Result<ModelConfig> {
         let message = format!("{} query heads are shared by {sizes:?} ranks, not {}", config.n_heads, args.ranks);
         return Err(Invalid::new("--ranks", message).into());
     }
+    if args.document_tokens == Some(0) {
+        return Err(Invalid::new("--document-tokens", "a document has 1 token or more").into());
+    }
     if args.tokens < 2 || !args.tokens.is_multiple_of(args.ranks) {
         let message = format!("a sequence has 2 tokens or more, a multiple of --ranks {}", args.ranks);
         return Err(Invalid::new("--tokens", message).into());
@@ -254,8 +261,10 @@ struct Run<'a, B, C> {
 impl<'a, B: Backend, C: Comm<B>> Run<'a, B, C> {
     fn new(backend: B, groups: Groups<C>, job: &'a Job<'a>) -> Result<Self> {
         let mut session = Session::among(backend, groups, &job.plan, &job.config, job.here.scratch)?;
-        let whole = 0..job.args.tokens;
-        session.prepare(std::slice::from_ref(&whole))?;
+        if job.args.document_tokens.is_none() {
+            let whole = 0..job.args.tokens;
+            session.prepare(std::slice::from_ref(&whole))?;
+        }
         random::weights(&mut session)?;
         if let Some(proof) = proof(job) {
             session.prove_memory(proof);
@@ -280,17 +289,11 @@ impl<'a, B: Backend, C: Comm<B>> Run<'a, B, C> {
         Ok((most(0), most(1)))
     }
 
-    /// One step over one fresh sequence, and its seconds.
-    fn step(&mut self) -> Result<(Totals, f64)> {
-        let (tokens, vocab) = (self.job.args.tokens, self.job.config.vocab_size);
+    /// One step over one fresh sequence: what came of it, the documents' lengths, and its seconds.
+    fn step(&mut self) -> Result<(Totals, Vec<u64>, f64)> {
+        let (args, vocab) = (self.job.args, self.job.config.vocab_size);
         self.step += 1;
-        let ids: Vec<i32> = (0..tokens).map(|_| (self.random.next() % vocab) as i32).collect();
-        let mut labels = ids[1..].to_vec();
-        labels.push(-100);
-        let positions: Vec<i32> = (0..tokens as i32).collect();
-        let whole = 0..tokens;
-        let batch =
-            Batch { ids: &ids, labels: &labels, positions: &positions, documents: std::slice::from_ref(&whole) };
+        let sequence = Sequence::draw(&mut self.random, args.tokens, vocab, args.document_tokens);
         let hyper = AdamW {
             learning_rate: 1e-4,
             beta1: 0.9,
@@ -302,8 +305,8 @@ impl<'a, B: Backend, C: Comm<B>> Run<'a, B, C> {
             first_index: 0,
         };
         let start = Instant::now();
-        let totals = self.session.step(&[batch], &hyper, 1.0)?;
-        Ok((totals, start.elapsed().as_secs_f64()))
+        let totals = self.session.step(&[sequence.batch()], &hyper, 1.0)?;
+        Ok((totals, sequence.lengths(), start.elapsed().as_secs_f64()))
     }
 }
 
@@ -324,7 +327,7 @@ fn steps<'a, B: Backend, C: Comm<B>>(
     let mut run = Run::new(backend, groups, job)?;
     let mut measured = Vec::new();
     for step in 1..=args.steps {
-        let (totals, seconds) = run.step()?;
+        let (totals, lengths, seconds) = run.step()?;
         let memory = memory(plan, run.peaks()?, run.session.backend.touched_bytes());
         if let Some(proof) = proof(job) {
             let what = format!(
@@ -335,10 +338,10 @@ fn steps<'a, B: Backend, C: Comm<B>>(
             continue;
         }
         let peak = meter::peak_flops(machine.device, &machine.device_name).map(|peak| peak * args.ranks as f64);
-        let speed = meter::speed(config, &[args.tokens], seconds, peak);
+        let speed = meter::speed(config, &lengths, seconds, peak);
         measured.push((seconds, speed));
         let line = json!({
-            "step": step, "shape": args.shape, "layers": config.n_layers, "tokens": args.tokens, "ranks": args.ranks,
+            "step": step, "shape": args.shape, "layers": config.n_layers, "tokens": args.tokens, "documents": lengths.len(), "ranks": args.ranks,
             "device": args.device, "device_name": machine.device_name,
             "loss": totals.mean_loss(), "grad_norm": totals.grad_norm,
             "seconds": seconds, "predicted_seconds": plan.step_seconds,
@@ -371,7 +374,7 @@ fn memory(plan: &Plan, (device, host): (u64, u64), touched: u64) -> serde_json::
 /// Where one more step's time goes.
 fn profile<C: Comm<Cuda>>(run: &mut Run<Cuda, C>, out: &mut impl Write) -> Result {
     run.session.backend.start_profile()?;
-    let (_, seconds) = run.step()?;
+    let (.., seconds) = run.step()?;
     let Some(profiled) = run.session.backend.profiled()? else { return Ok(()) };
     let parts: serde_json::Map<String, serde_json::Value> = profiled
         .parts
