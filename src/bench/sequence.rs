@@ -20,7 +20,7 @@ pub(super) struct Sequence {
 impl Sequence {
     /// `tokens` of a vocabulary of `vocab`, as documents of `mean` tokens on average, or as one.
     pub(super) fn draw(random: &mut Random, tokens: u64, vocab: u64, mean: Option<u64>) -> Self {
-        let documents = mean.map_or_else(|| vec![0..tokens], |mean| documents(random, tokens, mean));
+        let documents = documents(random, tokens, mean);
         let ids: Vec<i32> = (0..tokens).map(|_| (random.next() % vocab) as i32).collect();
         let mut labels = [&ids[1..], &[-100]].concat();
         for document in &documents {
@@ -40,11 +40,11 @@ impl Sequence {
     }
 }
 
-/// Documents of 1 to 2 `mean` tokens, every length as likely, rounded up to tiles.
-fn documents(random: &mut Random, tokens: u64, mean: u64) -> Vec<Range<u64>> {
+/// Documents of 1 to 2 `mean` tokens, every length as likely, rounded up to tiles; or one.
+fn documents(random: &mut Random, tokens: u64, mean: Option<u64>) -> Vec<Range<u64>> {
     let (mut documents, mut start) = (Vec::new(), 0);
     while start < tokens {
-        let length = (1 + random.next() % (2 * mean)).next_multiple_of(TILE);
+        let length = mean.map_or(tokens, |mean| (1 + random.next() % (2 * mean)).next_multiple_of(TILE));
         let end = tokens.min(start + length);
         documents.push(start..end);
         start = end;

@@ -5,6 +5,9 @@
 //! another; dk and dv also as a whole, for entries that were never written.
 
 mod exact;
+mod packed;
+
+use std::ops::Range;
 
 use longhaul::engine::backend::{
     ALIGNMENT, AttentionGrads, AttentionSaved, Backend, DType, Heads, Tensor, Window, cpu::Cpu,
@@ -67,9 +70,14 @@ impl Call {
 
     /// Forward and backward of the last queries of one document.
     fn run<B: Backend>(&self, b: &mut B) {
+        let document = 0..self.k.rows;
+        self.run_within(b, self.k.rows - self.q.rows, std::slice::from_ref(&document));
+    }
+
+    /// Forward and backward of the queries from position `start` on within these documents.
+    fn run_within<B: Backend>(&self, b: &mut B, start: u64, documents: &[Range<u64>]) {
         let Self { q, k, v, o, lse, .. } = *self;
-        let document = 0..k.rows;
-        let window = Window { chunk: k.rows - q.rows..k.rows, documents: std::slice::from_ref(&document) };
+        let window = Window { chunk: start..start + q.rows, documents };
         b.attention(o, lse, q, k, v, self.workspace, self.heads, &window).unwrap();
         let grads = AttentionGrads { dq: self.dq, dk: self.dk, dv: self.dv, delta: self.delta };
         let saved = AttentionSaved { d_o: self.d_o, o, lse, q, k, v };
@@ -78,17 +86,32 @@ impl Call {
     }
 }
 
+/// Means and spreads of q, k, v and do whose scores are about -170.
+const FAR_BELOW_ZERO: [(f64, f64); 4] = [(-10.0, 1.7), (1.5, 0.5), (0.0, 1.7), (0.0, 1.7)];
+
+impl Call {
+    /// Fills q, k, v and do with numbers of these means and spreads, which bf16 holds.
+    fn fill<B: Backend>(&self, b: &mut B, numbers: [(f64, f64); 4]) {
+        let mut random = Random(91);
+        for (tensor, (mean, spread)) in [self.q, self.k, self.v, self.d_o].into_iter().zip(numbers) {
+            let mut value = || f64::from(half::bf16::from_f32((mean + spread * random.signed()) as f32));
+            let values: Vec<f64> = (0..tensor.elements()).map(|_| value()).collect();
+            write(b, tensor, &values);
+        }
+    }
+
+    /// (o, lse, dq, dk, dv).
+    fn results<B: Backend>(&self, b: &mut B) -> [Vec<f64>; 5] {
+        [self.o, self.lse, self.dq, self.dk, self.dv].map(|tensor| read(b, tensor))
+    }
+}
+
 /// (o, lse, dq, dk, dv) of scores about -170.
 fn far_below_zero<B: Backend>(b: &mut B, heads: Heads, c: u64, keys: u64) -> [Vec<f64>; 5] {
     let call = Call::lay(b, heads, c, keys);
-    let mut random = Random(91);
-    for (tensor, mean, spread) in [(call.q, -10.0, 1.7), (call.k, 1.5, 0.5), (call.v, 0.0, 1.7), (call.d_o, 0.0, 1.7)] {
-        let mut value = || f64::from(half::bf16::from_f32((mean + spread * random.signed()) as f32));
-        let values: Vec<f64> = (0..tensor.elements()).map(|_| value()).collect();
-        write(b, tensor, &values);
-    }
+    call.fill(b, FAR_BELOW_ZERO);
     call.run(b);
-    [call.o, call.lse, call.dq, call.dk, call.dv].map(|tensor| read(b, tensor))
+    call.results(b)
 }
 
 /// Errors of these five against the CPU's in f32, held to bounds; shapes with lengths that are 64 more than a multiple of 128.

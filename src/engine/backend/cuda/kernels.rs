@@ -18,7 +18,17 @@ const FATBINS: &[(&str, &[u8])] = include!(concat!(env!("OUT_DIR"), "/fatbins.rs
 /// elements of a flat array and wants its address to be a multiple of theirs; `_1` takes any.
 pub const KERNELS: &[(&str, &[&str])] = &[
     ("adamw", &["adamw_split_4", "adamw_split_1", "adamw_wide_4", "adamw_wide_1"]),
-    ("attention", &["attention_accumulate"]),
+    (
+        "attention",
+        &[
+            "attention_accumulate",
+            "attention_stage",
+            "attention_add_staged",
+            "attention_stage_statistics",
+            "attention_merge",
+            "attention_merge_statistics",
+        ],
+    ),
     ("columns", &["copy_columns_16", "copy_columns_2", "add_columns_4", "add_columns_1"]),
     ("cross_entropy", &["cross_entropy_8", "cross_entropy_1", "cross_entropy_sums"]),
     (
@@ -76,7 +86,16 @@ pub(super) enum Argument<'a> {
     Double(f64),
     /// `struct Frequencies` of rope.cu, which travels among the arguments.
     Frequencies(&'a [f64; MOST_FREQUENCIES]),
+    /// `struct Entries` of attention.cu, which does too.
+    StagedRows(&'a StagedRows),
 }
+
+/// Of each entry of a staged tensor: the row of the other tensor where its row 0 would lie, and from which of its rows on,
+/// and before which, there are rows.
+pub(super) type StagedRows = [[i32; 3]; MOST_STAGED];
+
+/// Most entries of a staged tensor.
+pub(super) const MOST_STAGED: usize = 64;
 
 /// Most frequencies that rope_table takes.
 pub(super) const MOST_FREQUENCIES: usize = 128;
@@ -136,6 +155,7 @@ impl Kernels {
                 Argument::Float(value) => launch.arg(value),
                 Argument::Double(value) => launch.arg(value),
                 Argument::Frequencies(values) => launch.arg(*values),
+                Argument::StagedRows(values) => launch.arg(*values),
             };
         }
         let shape = LaunchConfig {

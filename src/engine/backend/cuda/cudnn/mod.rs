@@ -25,8 +25,8 @@ pub(super) enum Pass {
     Backward,
 }
 
-/// Plans that are kept: of packed documents nearly every fragment has a shape of its own.
-const MOST_PLANS: usize = 2048;
+/// Plans that are kept, at about 1 MB of host memory each.
+const MOST_PLANS: usize = 1024;
 
 /// The library and the plans made of late.
 #[derive(Debug)]
@@ -52,6 +52,11 @@ impl Attention {
     /// Version as a number: 91900 is 9.19.0.
     pub(super) fn version(&self) -> usize {
         self.library.version()
+    }
+
+    /// Plans that are kept.
+    pub(super) fn n_plans(&self) -> usize {
+        self.plans.len()
     }
 
     /// Bytes of the library's own workspace for a call; makes the plan if need be.

@@ -41,6 +41,9 @@ pub(crate) const BACKWARD: [i64; 11] = [Q, K, V, O, STATS, D_O, DQ, DK, DV, DELT
 pub(crate) struct Shape {
     /// Keys end where the queries do, and a query sees none after itself; otherwise every query sees every key.
     pub(crate) causal: bool,
+    /// Each kv head's rows lie behind those of the last, gradients likewise; otherwise rows hold all heads side by side.
+    pub(crate) staged: bool,
+    /// Of all documents of the call.
     pub(crate) kv_heads: i64,
     /// Query heads of each kv head of the call.
     pub(crate) heads: i64,
@@ -62,20 +65,24 @@ impl Shape {
 
     fn query_rows(&self) -> Layout {
         let Self { kv_heads, heads, head_dim: d, queries, q_stride, .. } = *self;
-        Layout { dtype: BF16, dims: [kv_heads, heads, queries, d], strides: [heads * d, d, q_stride, 1] }
+        let apart = if self.staged { queries * q_stride } else { heads * d };
+        Layout { dtype: BF16, dims: [kv_heads, heads, queries, d], strides: [apart, d, q_stride, 1] }
     }
 
     fn query_gradients(&self) -> Layout {
-        Self { q_stride: self.kv_heads * self.heads * self.head_dim, ..*self }.query_rows()
+        let q_stride = if self.staged { self.q_stride } else { self.kv_heads * self.heads * self.head_dim };
+        Self { q_stride, ..*self }.query_rows()
     }
 
     fn key_rows(&self) -> Layout {
         let Self { kv_heads, head_dim: d, keys, kv_stride, .. } = *self;
-        Layout { dtype: BF16, dims: [kv_heads, 1, keys, d], strides: [d, d, kv_stride, 1] }
+        let apart = if self.staged { keys * kv_stride } else { d };
+        Layout { dtype: BF16, dims: [kv_heads, 1, keys, d], strides: [apart, d, kv_stride, 1] }
     }
 
     fn key_gradients(&self) -> Layout {
-        Self { kv_stride: self.kv_heads * self.head_dim, ..*self }.key_rows()
+        let kv_stride = if self.staged { self.kv_stride } else { self.kv_heads * self.head_dim };
+        Self { kv_stride, ..*self }.key_rows()
     }
 
     fn scores(&self) -> Layout {
