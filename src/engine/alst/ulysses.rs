@@ -195,7 +195,7 @@ impl Ulysses {
             }
             let leaving: Vec<Tensor> = blocks.into_iter().map(|(block, _)| block).collect();
             let arriving = self.pieces(i, local, &to);
-            in_turn(b, |b| comm.all_to_all(b, &arriving, &leaving))?;
+            in_turn((b, comm), |b, comm| comm.all_to_all(b, &arriving, &leaving))?;
         }
         Ok(())
     }
@@ -217,7 +217,7 @@ impl Ulysses {
             let blocks = self.blocks(i, kind, local, packed);
             let arriving: Vec<Tensor> = blocks.iter().map(|(block, _)| *block).collect();
             let leaving = self.pieces(i, local, &from);
-            in_turn(b, |b| comm.all_to_all(b, &arriving, &leaving))?;
+            in_turn((b, comm), |b, comm| comm.all_to_all(b, &arriving, &leaving))?;
             for (block, first) in blocks {
                 match kind {
                     Kind::Queries => b.copy_columns((local, first), (block, 0), block.cols)?,

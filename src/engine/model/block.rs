@@ -186,18 +186,17 @@ impl Work {
     }
 
     /// Backward over the whole sequence: `dy` `[T / P, h]`, the gradient of the layer's output, becomes that of its input `x`;
-    /// `grads` is added to. `done` is told the rank's rows of each chunk when nothing will read them in `x` any more, last rows first.
+    /// those of the weights are added where `begin` says, which is asked when they are first needed. `done` is told the rank's rows of each chunk when nothing will read them in `x` any more, last rows first.
     pub fn backward<B: Backend, C: Comm<B>>(
         &self,
         (b, comm): (&mut B, &mut C),
         (dy, x): (Tensor, Tensor),
         (weights, kept): (&LayerParams, &KeptLayer),
-        grads: &LayerParams,
+        begin: impl FnOnce(&mut B) -> Result<LayerParams>,
         sequence: Sequence,
         mut done: impl FnMut(&mut B, &Range<u64>) -> Result,
     ) -> Result {
         let (attention_w, mlp_w) = (attention_weights(weights), mlp_weights(weights));
-        let (attention_dw, mlp_dw) = (attention_weights(grads), mlp_weights(grads));
         let size = self.attention.norm.rows;
         let kv = self.kv(kept);
         if kept.qkv.is_none() {
@@ -208,6 +207,8 @@ impl Work {
         }
         b.fill(self.dkv.k, 0.0)?;
         b.fill(self.dkv.v, 0.0)?;
+        let grads = begin(b)?;
+        let (attention_dw, mlp_dw) = (attention_weights(&grads), mlp_weights(&grads));
         for at in sequence.chunks(size).rev() {
             let (dy, x) = (dy.rows(at.local.start, at.local.end), x.rows(at.local.start, at.local.end));
             let work = self.chunk(&at);
