@@ -80,8 +80,8 @@ pub enum Slot {
     Dq,
     Delta,
     AttentionWorkspace,
-    /// With several ranks, a chunk's own rows with all heads: q or its gradient, attention output or its gradient, k, v and
-    /// their gradients (wide); and blocks of columns on their way between ranks.
+    /// With several ranks, a chunk's own rows with all heads: q or a gradient, attention output, k, v and their gradients (wide);
+    /// and blocks of columns on their way between ranks.
     LocalQ,
     LocalO,
     LocalK,
@@ -323,12 +323,14 @@ impl Laying {
         let (work, storage, wide) = (Category::Work, Element::Storage, Element::Wide);
         self.put(Slot::Xn, work, storage, n, h);
         self.put(Slot::Qkv, work, storage, n, model.q_size() + 2 * model.kv_size());
+        // While a chunk attends, the next one's queries arrive and the last one's output leaves.
+        let at_once = if choice.ranks.sequence > 1 { tokens.div_ceil(c).min(2) } else { 1 };
         if choice.kept_qkv_layers < model.n_layers {
-            self.put(Slot::Q, work, storage, c, q);
+            self.put(Slot::Q, work, storage, at_once * c, q);
         }
         if choice.kept_attention_layers < model.n_layers {
-            self.put(Slot::O, work, storage, c, q);
-            self.put(Slot::Lse, work, wide, n_heads, c);
+            self.put(Slot::O, work, storage, at_once * c, q);
+            self.put(Slot::Lse, work, wide, at_once * n_heads, c);
         }
         self.put(Slot::H1, work, storage, n, h);
         self.put(Slot::DO, work, storage, c, q);
@@ -358,10 +360,10 @@ impl Laying {
         for slot in [Slot::LocalDk, Slot::LocalDv] {
             self.put(slot, work, Element::Wide, n, kv);
         }
-        // To every rank its heads: those of keys go to each that shares them, and come back wide.
-        let (_, kv_there) = shards::head_columns(model, ranks);
+        // What is under way at most: queries or their like three times, and gradients of keys and values, which come back from
+        // every rank that shares them.
         let (storage, wide) = (self.widths.storage, self.widths.wide);
-        let bytes = (q * storage).max(ranks.sequence * kv_there * wide);
+        let bytes = 3 * q * storage + 2 * shards::all_kv_columns(model, ranks) * wide;
         self.put(Slot::Packed, work, Element::Byte, n * bytes, 1);
     }
 

@@ -132,9 +132,9 @@ impl Zero3 {
             part = own;
         }
         if comm.n_ranks() > 1 {
-            b.wait(Stream::Comm, &there)?;
+            b.wait(comm.stream(), &there)?;
             comm.all_gather(b, whole, part)?;
-            there = b.record(Stream::Comm)?;
+            there = b.record(comm.stream())?;
         }
         walk.held[buffer] = Some(Held { layer, arrived: there });
         Ok(())
@@ -142,5 +142,5 @@ impl Zero3 {
 }
 
 fn gather<B: Backend, C: Comm<B>>((b, comm): (&mut B, &mut C), gathered: Gathered) -> Result {
-    in_turn(b, |b| comm.all_gather(b, gathered.whole, gathered.part))
+    in_turn((b, comm), |b, comm| comm.all_gather(b, gathered.whole, gathered.part))
 }

@@ -32,8 +32,10 @@ pub enum Stream {
     Down,
     /// Copies from the host to the device.
     Up,
-    /// Collectives.
-    Comm,
+    /// Collectives of ranks that share a sequence: exchanges of heads.
+    Exchange,
+    /// Collectives of all ranks: gathers of weights, sums of gradients.
+    Gather,
 }
 
 /// Shape of one attention call: `n_heads` query heads share `n_kv_heads` key-value heads of `head_dim`.

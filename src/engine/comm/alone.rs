@@ -10,13 +10,13 @@ use crate::engine::{
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Alone;
 
-/// Queues `to = from` unless it is so already.
-pub(super) fn copy<B: Backend>(b: &mut B, to: Tensor, from: Tensor) -> Result {
+/// Queues `to = from` on a stream unless it is so already.
+pub(super) fn copy<B: Backend>(b: &mut B, stream: Stream, to: Tensor, from: Tensor) -> Result {
     assert_eq!(to.elements(), from.elements(), "elements that a rank gives itself");
     if same_place(to, from) || to.elements() == 0 {
         return Ok(());
     }
-    b.copy(Stream::Comm, to, from)
+    b.copy(stream, to, from)
 }
 
 impl<B: Backend> Comm<B> for Alone {
@@ -28,17 +28,21 @@ impl<B: Backend> Comm<B> for Alone {
         1
     }
 
+    fn stream(&self) -> Stream {
+        Stream::Gather
+    }
+
     fn all_to_all(&mut self, b: &mut B, to: &[Tensor], from: &[Tensor]) -> Result {
         let ([to], [from]) = (to, from) else { panic!("one tensor for the only rank") };
-        copy(b, *to, *from)
+        copy(b, Stream::Gather, *to, *from)
     }
 
     fn all_gather(&mut self, b: &mut B, to: Tensor, from: Tensor) -> Result {
-        copy(b, to, from)
+        copy(b, Stream::Gather, to, from)
     }
 
     fn reduce_scatter(&mut self, b: &mut B, to: Tensor, from: Tensor) -> Result {
-        copy(b, to, from)
+        copy(b, Stream::Gather, to, from)
     }
 
     fn all_reduce(&mut self, _: &mut B, _: Tensor) -> Result {

@@ -6,7 +6,11 @@ use crate::engine::{
     error::{Error, Result},
 };
 
-/// A rank's groups: all ranks, among which weights, gradients and states are dealt, and those that share its sequence.
+/// A rank's groups: all ranks, among which weights, gradients and states are dealt, and those that share its sequence. Each has
+/// its stream, and with NCCL its communicator, also where both are the same ranks: an exchange of heads, which attention waits for,
+/// does not queue behind the weights of the next layer. Every rank queues the collectives of both in one order, and each waits
+/// only for work that was queued before it, so the first that is not done can always go on: no two ranks wait for each other's
+/// later one.
 #[derive(Debug)]
 pub struct Groups<C> {
     pub world: C,
@@ -42,11 +46,23 @@ impl<C> Groups<C> {
     }
 }
 
-/// Queues collectives behind everything on the compute stream, which then waits for them.
-pub fn in_turn<B: Backend>(b: &mut B, collectives: impl FnOnce(&mut B) -> Result) -> Result {
-    let ready = b.record(Stream::Compute)?;
-    b.wait(Stream::Comm, &ready)?;
-    collectives(b)?;
-    let done = b.record(Stream::Comm)?;
+/// Queues a group's collectives behind everything on the compute stream so far. The compute stream may touch what they read and write
+/// once it has waited for the event.
+pub fn queue<B: Backend, C: Comm<B>>(
+    (b, comm): (&mut B, &mut C),
+    collectives: impl FnOnce(&mut B, &mut C) -> Result,
+) -> Result<B::Event> {
+    let (stream, ready) = (comm.stream(), b.record(Stream::Compute)?);
+    b.wait(stream, &ready)?;
+    collectives(b, comm)?;
+    b.record(stream)
+}
+
+/// The same, and the compute stream waits.
+pub fn in_turn<B: Backend, C: Comm<B>>(
+    (b, comm): (&mut B, &mut C),
+    collectives: impl FnOnce(&mut B, &mut C) -> Result,
+) -> Result {
+    let done = queue((b, comm), collectives)?;
     b.wait(Stream::Compute, &done)
 }

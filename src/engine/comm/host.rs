@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::{Comm, Message, Transport, alone, nth_part, sum::sum};
 use crate::engine::{
-    backend::{Backend, Tensor},
+    backend::{Backend, Stream, Tensor},
     error::{Error, Result},
 };
 
@@ -21,13 +21,14 @@ pub struct HostComm<T> {
     /// World rank of each rank of the group.
     members: Vec<usize>,
     rank: usize,
+    stream: Stream,
 }
 
 impl<T: Transport> HostComm<T> {
     /// The group of all ranks of a transport.
     pub fn world(transport: T) -> Self {
         let (rank, members) = (transport.rank(), (0..transport.n_ranks()).collect());
-        Self { transport: Arc::new(transport), members, rank }
+        Self { transport: Arc::new(transport), members, rank, stream: Stream::Gather }
     }
 
     /// This rank, in `0..n_ranks`.
@@ -38,6 +39,11 @@ impl<T: Transport> HostComm<T> {
     /// Ranks in the group.
     pub fn n_ranks(&self) -> usize {
         self.members.len()
+    }
+
+    /// As [`Comm::stream`].
+    pub fn stream(&self) -> Stream {
+        self.stream
     }
 
     /// As [`Comm::check`].
@@ -74,7 +80,7 @@ impl<T: Transport> HostComm<T> {
         same_color.sort_unstable();
         let rank = same_color.iter().position(|(_, from)| *from == self.rank).expect("a rank has its own color");
         let members = same_color.into_iter().map(|(_, from)| self.members[from]).collect();
-        Ok(Self { transport: Arc::clone(&self.transport), members, rank })
+        Ok(Self { transport: Arc::clone(&self.transport), members, rank, stream: Stream::Exchange })
     }
 
     /// As [`Comm::abort`].
@@ -183,12 +189,16 @@ impl<B: Backend, T: Transport> Comm<B> for HostComm<T> {
         self.n_ranks()
     }
 
+    fn stream(&self) -> Stream {
+        self.stream
+    }
+
     fn all_to_all(&mut self, b: &mut B, to: &[Tensor], from: &[Tensor]) -> Result {
         assert_eq!((to.len(), from.len()), (self.n_ranks(), self.n_ranks()), "one tensor for each rank");
         for peer in self.others() {
             self.send_tensor(b, peer, from[peer])?;
         }
-        alone::copy(b, to[self.rank], from[self.rank])?;
+        alone::copy(b, self.stream, to[self.rank], from[self.rank])?;
         self.others().try_for_each(|peer| self.receive_tensor(b, to[peer], peer))
     }
 
@@ -198,7 +208,7 @@ impl<B: Backend, T: Transport> Comm<B> for HostComm<T> {
         for peer in self.others() {
             self.send(peer, Arc::clone(&own))?;
         }
-        alone::copy(b, part(self.rank), from)?;
+        alone::copy(b, self.stream, part(self.rank), from)?;
         self.others().try_for_each(|peer| self.receive_tensor(b, part(peer), peer))
     }
 

@@ -20,12 +20,12 @@ mod transport;
 
 pub use self::{
     alone::Alone,
-    groups::{Groups, in_turn},
+    groups::{Groups, in_turn, queue},
     host::HostComm,
     transport::{Lost, Message, Transport},
 };
 use super::{
-    backend::{Backend, Tensor},
+    backend::{Backend, Stream, Tensor},
     error::Result,
 };
 
@@ -33,9 +33,10 @@ use super::{
 ///
 /// - Every rank of a group makes the same calls in the same order, also across groups that share ranks. Sizes and element
 ///   types are agreed; each rank may keep its tensors elsewhere.
-/// - Tensor operations are queued on [`Stream::Comm`](super::backend::Stream::Comm), in the order of the calls. A caller whose
-///   inputs are made on another stream, or whose outputs are read there, orders the two with events. Transports over the host
-///   finish inside the call, after everything queued before it.
+/// - Tensor operations are queued on [`Comm::stream`], in the order of the calls: those of a world on [`Stream::Gather`], those of
+///   groups cut from one on [`Stream::Exchange`], so that neither waits behind the other. A caller whose inputs are made on
+///   another stream, or whose outputs are read there, orders the two with events. Transports over the host finish inside the call, after
+///   everything queued before it.
 /// - Sums are of floats. They are made in the wide type (f32; f64 for f64) in the order of the ranks and rounded once; NCCL
 ///   chooses order and rounding itself. Either way all ranks hold the same bits, and the same call gives them again.
 /// - Outputs may not overlap inputs, except where an operation names the one place where they may be the same.
@@ -48,6 +49,8 @@ pub trait Comm<B: Backend>: Sized {
     fn rank(&self) -> usize;
     /// Ranks in the group, at least 1.
     fn n_ranks(&self) -> usize;
+    /// Where its tensor operations are queued.
+    fn stream(&self) -> Stream;
 
     /// `from[i]` goes to rank i and `to[i]` receives from rank i: `n_ranks` tensors each, any dtype, any sizes, none also. What
     /// a rank sends and what the other receives have the same bytes. `to[rank]` may be `from[rank]`.

@@ -14,7 +14,7 @@ use super::{
     tcp::{Tcp, Watch},
 };
 use crate::engine::{
-    backend::{Backend, Tensor, cuda::Cuda},
+    backend::{Backend, Stream, Tensor, cuda::Cuda},
     error::{Error, Result},
 };
 
@@ -54,7 +54,9 @@ impl Nccl {
         if calls.is_empty() {
             return Ok(());
         }
-        self.communicators.queue(self.index, &cuda.device, name, calls).map_err(|error| blame(&self.watch, error))
+        self.communicators
+            .queue(self.index, (&cuda.device, self.control.stream()), name, calls)
+            .map_err(|error| blame(&self.watch, error))
     }
 }
 
@@ -79,11 +81,15 @@ impl Comm<Cuda> for Nccl {
         self.control.n_ranks()
     }
 
+    fn stream(&self) -> Stream {
+        self.control.stream()
+    }
+
     /// A group of sends and receives, which is also what `ncclAlltoAll` (2.28 and later, equal pieces only) makes of it.
     fn all_to_all(&mut self, b: &mut Cuda, to: &[Tensor], from: &[Tensor]) -> Result {
         let (rank, n) = (self.rank(), self.n_ranks());
         assert_eq!((to.len(), from.len()), (n, n), "one tensor for each rank");
-        alone::copy(b, to[rank], from[rank])?;
+        alone::copy(b, self.control.stream(), to[rank], from[rank])?;
         let calls = (0..n).filter(|peer| *peer != rank).flat_map(|peer| {
             let send = (from[peer].elements() > 0).then_some(Call::Send { from: from[peer], to: peer });
             let receive = (to[peer].elements() > 0).then_some(Call::Receive { to: to[peer], from: peer });

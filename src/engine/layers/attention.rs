@@ -148,10 +148,14 @@ pub fn project_output<B: Backend>(b: &mut B, y: Tensor, o: Tensor, w: &Weights) 
     b.matmul(y, o, w.output, 1.0)
 }
 
-/// Backward of `project_output`: the weights' gradient, then `d_o`, which may take the place of `o`.
-pub fn backward_output<B: Backend>(b: &mut B, d_o: Tensor, dy: Tensor, o: Tensor, w: &Weights, dw: &Weights) -> Result {
-    b.matmul_dw(dw.output, dy, o)?;
+/// Backward of `project_output`: the output's gradient.
+pub fn backward_output<B: Backend>(b: &mut B, d_o: Tensor, dy: Tensor, w: &Weights) -> Result {
     b.matmul_dx(d_o, dy, w.output, 0.0)
+}
+
+/// The weights' gradient.
+pub fn backward_output_weights<B: Backend>(b: &mut B, dw: &Weights, dy: Tensor, o: Tensor) -> Result {
+    b.matmul_dw(dw.output, dy, o)
 }
 
 /// Backward of `attend`.

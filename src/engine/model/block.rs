@@ -2,16 +2,18 @@
 //!
 //! Forward walks the chunks in order. Backward rebuilds K and V once, then walks the chunks last to first: when chunk i's
 //! own attention backward is done, every query that sees its keys has contributed, so its dK, dV are complete and its
-//! rows of dy can become rows of dx. Exact, and no more arithmetic than recomputing the layer.
+//! rows of dy can become rows of dx. Exact, and no more arithmetic than recomputing the layer. A chunk goes through the steps of
+//! [`pipeline`]; they write rows of their own chunk only, but for dK, dV, and share buffers only on the compute stream.
 
-use std::ops::Range;
+use std::{collections::VecDeque, ops::Range};
 
+use super::pipeline::{self, Backward, Forward};
 use crate::engine::{
     Result,
     alst::{
         checkpoint_offload::KeptLayer,
         tiled_mlp::{self, TiledMlp},
-        ulysses::{Saved, Ulysses},
+        ulysses::{Ulysses, UnderWay},
     },
     backend::{Backend, Heads, Stream, Tensor},
     comm::Comm,
@@ -28,7 +30,8 @@ pub struct Work {
     pub ulysses: Ulysses,
     /// Buffers of one chunk; the row count of `norm` is the rank's part of a chunk.
     pub attention: attention::Work,
-    /// Chunk buffers for layers of which q, or o and lse, are not kept.
+    /// Chunk buffers for layers of which q, or o and lse, are not kept: `[c, hq d]` and `[hq, c]`. Where ranks exchange heads two of
+    /// each, which chunks take by turns: the next chunk's queries come, and its output goes, while this one's are read.
     pub q: Option<Tensor>,
     pub attended: Option<(Tensor, Tensor)>,
     /// `[n, h]`: the chunk's residual stream between attention and feed-forward.
@@ -120,18 +123,27 @@ impl Work {
         }
     }
 
+    /// Which of two buffers a chunk takes.
+    fn turn(&self, at: &Chunk) -> usize {
+        if self.ulysses.exchanges() { (at.local.start / self.attention.norm.rows % 2) as usize } else { 0 }
+    }
+
     /// Rows of what is kept, or chunk buffers.
     fn activations(&self, kept: &KeptLayer, at: &Chunk) -> Activations {
         let Range { start, end } = at.rows;
-        let n = end - start;
+        let (n, first) = (end - start, self.turn(at) as u64 * self.attention.d_o.rows);
         let q = match (kept.qkv, self.q) {
             (Some((q, ..)), _) => q.rows(start, end),
-            (None, Some(q)) => q.rows(0, n),
+            (None, Some(q)) => q.rows(first, first + n),
             (None, None) => unreachable!("the plan keeps q or has a buffer for it"),
         };
         let (o, lse) = match (kept.attention, self.attended) {
             (Some((o, lse)), _) => (o.rows(start, end), lse.rows(start, end).shaped(lse.cols, n)),
-            (None, Some((o, lse))) => (o.rows(0, n), lse.shaped(lse.rows, n)),
+            (None, Some((o, lse))) => {
+                let (first_head, n_heads) =
+                    (self.turn(at) as u64 * self.attention.delta.rows, self.attention.delta.rows);
+                (o.rows(first, first + n), lse.rows(first_head, first_head + n_heads).shaped(n_heads, n))
+            }
             (None, None) => unreachable!("the plan keeps o or has a buffer for it"),
         };
         Activations { q, o, lse }
@@ -162,74 +174,109 @@ impl Work {
         mut put: impl FnMut(&mut B, &Range<u64>, Tensor) -> Result<Option<B::Event>>,
     ) -> Result {
         let (attention_w, mlp_w) = (attention_weights(weights), mlp_weights(weights));
-        let kv = self.kv(kept);
-        for at in sequence.chunks(self.attention.norm.rows) {
+        let (kv, filled) = (self.kv(kept), pass == Pass::Rerun);
+        let chunks: Vec<Chunk> = sequence.chunks(self.attention.norm.rows).collect();
+        let (mut under_way, mut kept_inputs) = (UnderWay::default(), VecDeque::new());
+        pipeline::walk(&chunks, pipeline::forward(self.ulysses.exchanges()), |step, at| {
             let rows = x.rows(at.local.start, at.local.end);
-            let kept_input = put(b, &at.local, rows)?;
-            let work = self.chunk(&at);
-            let act = self.activations(kept, &at);
-            let filled = pass == Pass::Rerun;
-            if !(filled && kept.attention.is_some()) {
-                if !(filled && kept.qkv.is_some()) {
-                    self.ulysses.project((b, comm), rows, &attention_w, &work, (Some(act.q), Some(kv)), &at)?;
+            let (work, act, turn) = (self.chunk(at), self.activations(kept, at), self.turn(at));
+            let attends = !(filled && kept.attention.is_some());
+            match step {
+                Forward::Project => {
+                    kept_inputs.push_back(put(b, &at.local, rows)?);
+                    if attends && !(filled && kept.qkv.is_some()) {
+                        let wanted = (Some(act.q), Some(kv));
+                        self.ulysses.project((b, comm, &mut under_way), rows, &attention_w, &work, wanted, at)?;
+                    }
+                    Ok(())
                 }
-                self.ulysses.attend(b, &act, kv, &work, &at)?;
+                Forward::Attend => {
+                    self.ulysses.projected(b, &mut under_way)?;
+                    if attends {
+                        self.ulysses.attend(b, &act, kv, &work, at)?;
+                    }
+                    self.ulysses.send_outputs((b, comm, &mut under_way), act.o, turn, at)
+                }
+                Forward::Finish => {
+                    let o = self.ulysses.outputs((b, &mut under_way), act.o, turn, at)?;
+                    if let Some(gone) = kept_inputs.pop_front().flatten() {
+                        b.wait(Stream::Compute, &gone)?;
+                    }
+                    attention::project_output(b, rows, o, &attention_w)?;
+                    self.mlp.forward(b, rows, &mlp_w, kept_gate_up(kept, at, filled))
+                }
             }
-            let o = self.ulysses.outputs((b, comm), act.o, &at)?;
-            if let Some(gone) = kept_input {
-                b.wait(Stream::Compute, &gone)?;
-            }
-            attention::project_output(b, rows, o, &attention_w)?;
-            self.mlp.forward(b, rows, &mlp_w, kept_gate_up(kept, &at, filled))?;
-        }
-        Ok(())
+        })
     }
 
     /// Backward over the whole sequence: `dy` `[T / P, h]`, the gradient of the layer's output, becomes that of its input `x`;
-    /// `grads` is added to. `done` is told the rank's rows of each chunk when nothing will read them in `x` any more, last rows first.
+    /// those of the weights are added where `begin` says, which is asked once keys and values are there again. `done` is told
+    /// the rank's rows of each chunk when nothing will read them in `x` any more, last rows first.
     pub fn backward<B: Backend, C: Comm<B>>(
         &self,
         (b, comm): (&mut B, &mut C),
         (dy, x): (Tensor, Tensor),
         (weights, kept): (&LayerParams, &KeptLayer),
-        grads: &LayerParams,
+        begin: impl FnOnce(&mut B) -> Result<LayerParams>,
         sequence: Sequence,
         mut done: impl FnMut(&mut B, &Range<u64>) -> Result,
     ) -> Result {
         let (attention_w, mlp_w) = (attention_weights(weights), mlp_weights(weights));
-        let (attention_dw, mlp_dw) = (attention_weights(grads), mlp_weights(grads));
-        let size = self.attention.norm.rows;
-        let kv = self.kv(kept);
+        let (kv, exchanges) = (self.kv(kept), self.ulysses.exchanges());
+        let mut under_way = UnderWay::default();
+        let mut chunks: Vec<Chunk> = sequence.chunks(self.attention.norm.rows).collect();
         if kept.qkv.is_none() {
-            for at in sequence.chunks(size) {
-                let rows = x.rows(at.local.start, at.local.end);
-                self.ulysses.project((b, comm), rows, &attention_w, &self.chunk(&at), (None, Some(kv)), &at)?;
+            for at in &chunks {
+                let (rows, work) = (x.rows(at.local.start, at.local.end), self.chunk(at));
+                let wanted = (None, Some(kv));
+                self.ulysses.project((b, comm, &mut under_way), rows, &attention_w, &work, wanted, at)?;
             }
+            self.ulysses.all_projected(b, &mut under_way)?;
         }
         b.fill(self.dkv.k, 0.0)?;
         b.fill(self.dkv.v, 0.0)?;
-        for at in sequence.chunks(size).rev() {
+        chunks.reverse();
+        let grads = begin(b)?;
+        let (attention_dw, mlp_dw) = (attention_weights(&grads), mlp_weights(&grads));
+        pipeline::walk(&chunks, pipeline::backward(exchanges), |step, at| {
             let (dy, x) = (dy.rows(at.local.start, at.local.end), x.rows(at.local.start, at.local.end));
-            let work = self.chunk(&at);
-            let act = self.activations(kept, &at);
-            if kept.qkv.is_some() {
-                b.rmsnorm(work.norm, x, attention_w.norm, at.eps)?;
-            } else {
-                self.ulysses.project((b, comm), x, &attention_w, &work, (Some(act.q), None), &at)?;
+            let (work, act) = (self.chunk(at), self.activations(kept, at));
+            match step {
+                Backward::Project if kept.qkv.is_some() => Ok(()),
+                Backward::Project => {
+                    let wanted = (Some(act.q), None);
+                    self.ulysses.project((b, comm, &mut under_way), x, &attention_w, &work, wanted, at)
+                }
+                Backward::Attend => {
+                    self.ulysses.projected(b, &mut under_way)?;
+                    if kept.attention.is_none() {
+                        self.ulysses.attend(b, &act, kv, &work, at)?;
+                    }
+                    self.ulysses.send_outputs((b, comm, &mut under_way), act.o, 0, at)
+                }
+                Backward::Feed => {
+                    let o = self.ulysses.outputs((b, &mut under_way), act.o, 0, at)?;
+                    let h1 = self.h1.rows(0, x.rows);
+                    b.copy(Stream::Compute, h1, x)?;
+                    attention::project_output(b, h1, o, &attention_w)?;
+                    self.mlp.backward(b, dy, h1, &mlp_w, &mlp_dw, kept_gate_up(kept, at, true))?;
+                    let weights = (&attention_w, &attention_dw);
+                    self.ulysses.backward_output((b, comm, &mut under_way), (dy, o), weights, &work, at)
+                }
+                Backward::Back => {
+                    self.ulysses.backward_attend((b, comm, &mut under_way), (&act, kv), self.dkv, &work, at)
+                }
+                Backward::Finish => {
+                    // The projection leaves the normed input, but where other chunks come between.
+                    if kept.qkv.is_some() || exchanges {
+                        b.rmsnorm(work.norm, x, attention_w.norm, at.eps)?;
+                    }
+                    let (under_way, dw) = ((&mut *b, &mut under_way), &attention_dw);
+                    self.ulysses.backward_projection(under_way, dy, (x, &attention_w), self.dkv, dw, &work, at)?;
+                    done(b, &at.local)
+                }
             }
-            if kept.attention.is_none() {
-                self.ulysses.attend(b, &act, kv, &work, &at)?;
-            }
-            let o = self.ulysses.outputs((b, comm), act.o, &at)?;
-            let h1 = self.h1.rows(0, x.rows);
-            b.copy(Stream::Compute, h1, x)?;
-            attention::project_output(b, h1, o, &attention_w)?;
-            self.mlp.backward(b, dy, h1, &mlp_w, &mlp_dw, kept_gate_up(kept, &at, true))?;
-            let saved = Saved { x, o, w: &attention_w, act, kv };
-            self.ulysses.backward((b, comm), dy, saved, self.dkv, &attention_dw, &work, &at)?;
-            done(b, &at.local)?;
-        }
-        Ok(())
+        })
     }
 }
 

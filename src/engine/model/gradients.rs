@@ -2,13 +2,14 @@
 //!
 //! Every sum is made in the wide type. The sums of a layer are complete when its backward is done; with one sequence a step they
 //! may then be rounded to storage and their memory serve the next layer: 2 bytes a parameter instead of 4. With several ranks
-//! each keeps its own part of the sums over all of them (ZeRO-3).
+//! each keeps its own part of the sums over all of them (ZeRO-3): they are summed beside what the next layer's backward rebuilds, and
+//! kept when their memory is needed again.
 
 use super::params::{LayerParams, Params};
 use crate::engine::{
     Result,
-    backend::{Backend, Tensor},
-    comm::{Comm, in_turn},
+    backend::{Backend, Stream, Tensor},
+    comm::{Comm, queue},
     layers::loss,
 };
 
@@ -44,6 +45,14 @@ pub struct Sums {
     pub norm: Tensor,
 }
 
+/// Sums on their way to their owners: nothing may touch them but [`Gradients`], which keeps this rank's part when they are done.
+#[derive(Debug)]
+pub struct Leaving<E> {
+    kept: Tensor,
+    own: Tensor,
+    done: E,
+}
+
 impl Units {
     /// All of them, in order.
     pub fn iter(&self) -> impl Iterator<Item = Tensor> {
@@ -65,17 +74,25 @@ impl Gradients {
     }
 
     /// The loss is done.
-    pub fn end_loss<B: Backend, C: Comm<B>>(&self, (b, comm): (&mut B, &mut C)) -> Result {
+    pub fn end_loss<B: Backend, C: Comm<B>>(
+        &self,
+        (b, comm): (&mut B, &mut C),
+        leaving: &mut Vec<Leaving<B::Event>>,
+    ) -> Result {
         let Some(sums) = &self.sums else { return Ok(()) };
-        keep((b, comm), self.kept.norm, sums.norm)?;
+        leave((b, comm), self.kept.norm, sums.norm, leaving)?;
         // A tied embedding adds its part to the same sums.
-        let Some(head) = self.kept.head else { return Ok(()) };
-        keep((b, comm), head, sums.vocabulary)?;
-        b.fill(sums.vocabulary, 0.0)
+        self.kept.head.map_or(Ok(()), |head| leave((b, comm), head, sums.vocabulary, leaving))
     }
 
-    /// Where a layer's backward adds; cleared first.
-    pub fn begin_layer<B: Backend>(&self, b: &mut B, layer: u64) -> Result<LayerParams> {
+    /// Where a layer's backward adds; cleared first. What was leaving is kept.
+    pub fn begin_layer<B: Backend>(
+        &self,
+        b: &mut B,
+        layer: u64,
+        leaving: &mut Vec<Leaving<B::Event>>,
+    ) -> Result<LayerParams> {
+        keep(b, leaving)?;
         let shapes = self.shapes.layers[layer as usize];
         let Some(sums) = &self.sums else { return Ok(shapes.over(self.kept.layers[layer as usize])) };
         b.fill(sums.layer, 0.0)?;
@@ -83,18 +100,30 @@ impl Gradients {
     }
 
     /// A layer's backward is done.
-    pub fn end_layer<B: Backend, C: Comm<B>>(&self, (b, comm): (&mut B, &mut C), layer: u64) -> Result {
-        self.sums.map_or(Ok(()), |sums| keep((b, comm), self.kept.layers[layer as usize], sums.layer))
+    pub fn end_layer<B: Backend, C: Comm<B>>(
+        &self,
+        (b, comm): (&mut B, &mut C),
+        layer: u64,
+        leaving: &mut Vec<Leaving<B::Event>>,
+    ) -> Result {
+        self.sums.map_or(Ok(()), |sums| leave((b, comm), self.kept.layers[layer as usize], sums.layer, leaving))
     }
 
-    /// Where the embedding's backward adds `[V, h]`.
-    pub fn embedding(&self) -> Tensor {
-        like(self.sums.map_or(self.kept.embedding, |sums| sums.vocabulary), self.shapes.embedding)
+    /// Where the embedding's backward adds `[V, h]`; cleared first, unless a tied head has added to it. What was leaving is kept.
+    pub fn begin_embedding<B: Backend>(&self, b: &mut B, leaving: &mut Vec<Leaving<B::Event>>) -> Result<Tensor> {
+        keep(b, leaving)?;
+        if let (Some(sums), Some(_)) = (&self.sums, self.kept.head) {
+            b.fill(sums.vocabulary, 0.0)?;
+        }
+        Ok(like(self.sums.map_or(self.kept.embedding, |sums| sums.vocabulary), self.shapes.embedding))
     }
 
-    /// The embedding's backward is done.
+    /// The embedding's backward is done, and with it that of the model: all is kept.
     pub fn end_embedding<B: Backend, C: Comm<B>>(&self, (b, comm): (&mut B, &mut C)) -> Result {
-        self.sums.map_or(Ok(()), |sums| keep((b, comm), self.kept.embedding, sums.vocabulary))
+        let Some(sums) = self.sums else { return Ok(()) };
+        let mut leaving = Vec::new();
+        leave((b, comm), self.kept.embedding, sums.vocabulary, &mut leaving)?;
+        keep(b, &mut leaving)
     }
 }
 
@@ -103,12 +132,32 @@ fn like(flat: Tensor, shape: Tensor) -> Tensor {
     flat.shaped(shape.rows, shape.cols)
 }
 
-/// The rank's part of a unit's sums over all ranks: added to what it keeps in the wide type, or rounded to storage.
-fn keep<B: Backend, C: Comm<B>>((b, comm): (&mut B, &mut C), kept: Tensor, sums: Tensor) -> Result {
+/// Sends a unit's sums to their owners, behind the operations that made them. With one rank its own are kept at once.
+fn leave<B: Backend, C: Comm<B>>(
+    (b, comm): (&mut B, &mut C),
+    kept: Tensor,
+    sums: Tensor,
+    leaving: &mut Vec<Leaving<B::Event>>,
+) -> Result {
     let n = kept.elements();
     let own = sums.part(comm.rank() as u64 * n, n);
-    if comm.n_ranks() > 1 {
-        in_turn(b, |b| comm.reduce_scatter(b, own, sums))?;
+    if comm.n_ranks() == 1 {
+        return add(b, kept, own);
     }
+    let done = queue((b, comm), |b, comm| comm.reduce_scatter(b, own, sums))?;
+    leaving.push(Leaving { kept, own, done });
+    Ok(())
+}
+
+/// Keeps this rank's parts of the sums over all ranks; their memory may be written again.
+fn keep<B: Backend>(b: &mut B, leaving: &mut Vec<Leaving<B::Event>>) -> Result {
+    leaving.drain(..).try_for_each(|Leaving { kept, own, done }| {
+        b.wait(Stream::Compute, &done)?;
+        add(b, kept, own)
+    })
+}
+
+/// Adds to what is kept in the wide type, or rounds to storage.
+fn add<B: Backend>(b: &mut B, kept: Tensor, own: Tensor) -> Result {
     if kept.dtype == own.dtype { b.accumulate(kept, own) } else { b.cast(kept, own) }
 }

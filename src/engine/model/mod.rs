@@ -4,6 +4,7 @@ pub mod block;
 pub mod gradients;
 pub mod params;
 mod pieces;
+mod pipeline;
 pub mod share;
 pub mod transformer;
 

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::{
     block::{self, Pass},
-    gradients::Gradients,
+    gradients::{Gradients, Leaving},
     params::{LayerParams, Params},
     pieces,
 };
@@ -84,7 +84,7 @@ impl Transformer {
         let (x, dy, ids) = (at.local(self.x), at.local(self.dy), at.local(self.ids));
         self.zero3.gather_embedding((b, &mut comm.world))?;
         b.embedding(x, ids, self.weights.embedding)?;
-        let mut coming = Coming { weights: self.zero3.walk(self.order.clone()), input: None };
+        let mut coming = Coming { weights: self.zero3.walk(self.order.clone()), input: None, sums: Vec::new() };
         for layer in 0..self.config.n_layers {
             let keep = self.segment_starts.contains(&layer);
             self.layer_forward((b, comm), (layer, keep), at, Pass::First, &mut coming.weights)?;
@@ -93,11 +93,12 @@ impl Transformer {
         let dw = self.grads.begin_loss(b)?;
         let gradient = loss::Gradient { dx: dy, dw, scale };
         self.loss.forward_backward(b, self.sums, (x, at.local(self.labels)), &self.head(), Some(gradient))?;
-        self.grads.end_loss((b, &mut comm.world))?;
+        self.grads.end_loss((b, &mut comm.world), &mut coming.sums)?;
         for segment in (0..self.segment_starts.len()).rev() {
             self.segment_backward((b, comm), segment, at, &mut coming)?;
         }
-        b.embedding_backward(self.grads.embedding(), ids, dy)?;
+        let embedding = self.grads.begin_embedding(b, &mut coming.sums)?;
+        b.embedding_backward(embedding, ids, dy)?;
         self.grads.end_embedding((b, &mut comm.world))
     }
 
@@ -217,17 +218,17 @@ impl Transformer {
                 if layer > start { Some(layer - 1) } else { segment.checked_sub(1).map(|s| self.segment_starts[s]) };
             let (kept, of_layer) = (self.checkpoints.layer(layer), self.of_layer(layer, at));
             let weights = self.enter((b, &mut comm.world), &mut coming.weights, layer)?;
-            let grads = self.grads.begin_layer(b, layer)?;
-            let checkpoints = &self.checkpoints;
+            let (checkpoints, sums) = (&self.checkpoints, &mut coming.sums);
+            let begin = |b: &mut B| self.grads.begin_layer(b, layer, sums);
             let mut last = None;
-            self.block.backward((b, &mut comm.sequence), (dy, x), (&weights, &kept), &grads, of_layer, |b, rows| {
+            self.block.backward((b, &mut comm.sequence), (dy, x), (&weights, &kept), begin, of_layer, |b, rows| {
                 let Some(next) = next else { return Ok(()) };
                 let here = checkpoints.fetch(b, next, rows, x.rows(rows.start, rows.end))?;
                 last = here.or(last.take());
                 Ok(())
             })?;
             coming.input = next.map(|layer| Arriving { layer, last });
-            self.grads.end_layer((b, &mut comm.world), layer)?;
+            self.grads.end_layer((b, &mut comm.world), layer, &mut coming.sums)?;
         }
         Ok(())
     }
@@ -242,10 +243,11 @@ impl Transformer {
     }
 }
 
-/// What is on its way while the layers before it are worked on.
+/// What is on its way while other layers are worked on.
 struct Coming<E> {
     weights: Walk<E>,
     input: Option<Arriving<E>>,
+    sums: Vec<Leaving<E>>,
 }
 
 /// A layer's input on its way into the residual stream's rows.

@@ -7,7 +7,7 @@
 use super::session::Session;
 use crate::engine::{
     Result,
-    backend::{Backend, DType, Split, Stream, Tensor},
+    backend::{Backend, DType, Split, Tensor},
     comm::Comm,
     model::{params::Named, share::Part},
 };
@@ -66,7 +66,7 @@ fn send<B: Backend, C: Comm<B>>(
     let mut filled = 0;
     for place in places {
         let n = place.elements();
-        b.copy(Stream::Comm, room.part(filled, n), place.part(0, n))?;
+        b.copy(world.stream(), room.part(filled, n), place.part(0, n))?;
         filled += n;
     }
     let (rank, n_ranks) = (world.rank(), world.n_ranks());

@@ -226,7 +226,7 @@ impl<B: Backend, C: Comm<B>> Session<B, C> {
     }
 
     fn sum_over_ranks(&mut self, sums: Tensor) -> Result {
-        in_turn(&mut self.backend, |b| self.groups.world.all_reduce(b, sums))
+        in_turn((&mut self.backend, &mut self.groups.world), |b, world| world.all_reduce(b, sums))
     }
 
     /// A small wide tensor's values on the host; waits for the device.

@@ -7,6 +7,7 @@ mod gradients;
 mod optimizer_offload;
 pub mod plans;
 mod ranks;
+mod streams;
 mod tiled_loss;
 mod tiled_mlp;
 mod zero3;

@@ -1,6 +1,6 @@
 //! What several tests need: folders that clean up after themselves, a private Postgres for the whole run, small models,
-//! sessions on any
-//! device, the service in process, jobs and checkpoints in the store.
+//! sessions on any device, a backend that watches its
+//! streams, the service in process, jobs and checkpoints in the store.
 
 pub mod database;
 pub mod form;
@@ -11,6 +11,7 @@ pub mod sandbox;
 pub mod server;
 pub mod service;
 pub mod stage;
+pub mod watched;
 
 use std::path::{Path, PathBuf};
 

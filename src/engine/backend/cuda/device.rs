@@ -33,7 +33,8 @@ pub struct Device {
     compute: Arc<CudaStream>,
     down: Arc<CudaStream>,
     up: Arc<CudaStream>,
-    comm: Arc<CudaStream>,
+    exchange: Arc<CudaStream>,
+    gather: Arc<CudaStream>,
     memory: Block,
     host: Block,
     /// Keeps the memory of `host`.
@@ -42,6 +43,15 @@ pub struct Device {
     free_before: u64,
     multiprocessors: u64,
 }
+
+/// A stream whose kernels go before waiting blocks of others: a collective is short and other ranks wait for it, while an operation
+/// that fills the device would keep it out until its own end.
+fn urgent(context: &Arc<CudaContext>) -> Result<Arc<CudaStream>> {
+    context.new_stream_with_priority(URGENT).map_err(driver("make a stream"))
+}
+
+/// The driver takes the nearest that the device has; 0 is the least.
+const URGENT: i32 = -5;
 
 fn free_bytes() -> u64 {
     mem_get_info().map_or(0, |(free, _)| free as u64)
@@ -57,14 +67,16 @@ impl Device {
         let stream = || context.new_stream().map_err(driver("make a stream"));
         let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
         let multiprocessors = context.attribute(attribute).map_err(driver("count multiprocessors"))? as u64;
-        let (compute, down, up, comm) = (stream()?, stream()?, stream()?, stream()?);
+        let (compute, down, up) = (stream()?, stream()?, stream()?);
+        let (exchange, gather) = (urgent(&context)?, urgent(&context)?);
         let (memory, host) = (Block::default(), Block::default());
         Ok(Self {
             context,
             compute,
             down,
             up,
-            comm,
+            exchange,
+            gather,
             memory,
             host,
             pinned: None,
@@ -150,9 +162,9 @@ impl Device {
         self.compute.cu_stream()
     }
 
-    /// The stream of collectives, as NCCL takes it.
-    pub(in crate::engine) fn comm_stream(&self) -> sys::CUstream {
-        self.comm.cu_stream()
+    /// A stream as libraries take it.
+    pub(in crate::engine) fn raw_stream(&self, stream: Stream) -> sys::CUstream {
+        self.stream(stream).cu_stream()
     }
 
     fn stream(&self, stream: Stream) -> &Arc<CudaStream> {
@@ -160,7 +172,8 @@ impl Device {
             Stream::Compute => &self.compute,
             Stream::Down => &self.down,
             Stream::Up => &self.up,
-            Stream::Comm => &self.comm,
+            Stream::Exchange => &self.exchange,
+            Stream::Gather => &self.gather,
         }
     }
 
@@ -244,7 +257,7 @@ impl Device {
 
     /// Waits until everything queued on every stream is done, and reports any error of the past.
     pub fn synchronize(&self) -> Result {
-        for stream in [&self.compute, &self.down, &self.up, &self.comm] {
+        for stream in [&self.compute, &self.down, &self.up, &self.exchange, &self.gather] {
             stream.synchronize().map_err(driver("wait for the device"))?;
         }
         Ok(())

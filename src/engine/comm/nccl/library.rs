@@ -20,7 +20,7 @@ use cudarc::{
 
 use crate::engine::{
     backend::{
-        DType, Tensor,
+        DType, Stream, Tensor,
         cuda::{Device, libraries},
     },
     comm::Lost,
@@ -220,14 +220,14 @@ impl Communicators {
         self.settle(index, call).map(|()| index)
     }
 
-    /// Queues calls as one group on the device's stream of collectives. Calls on no elements are none.
-    pub(super) fn queue(&self, index: usize, device: &Device, call: &str, calls: &[Call]) -> Result {
+    /// Queues calls as one group on a stream of the device. Calls on no elements are none.
+    pub(super) fn queue(&self, index: usize, at: (&Device, Stream), call: &str, calls: &[Call]) -> Result {
         self.bind()?;
         let state = self.state()?;
         let handle = state.handle(index)?;
         // SAFETY: takes nothing. Every way out of here ends the group.
         self.library.accepted("ncclGroupStart", unsafe { (self.library.group_start)() })?;
-        let queued = calls.iter().try_for_each(|one| self.library.accepted(call, self.queue_one(handle, device, *one)));
+        let queued = calls.iter().try_for_each(|one| self.library.accepted(call, self.queue_one(handle, at, *one)));
         // SAFETY: a group was started on this thread.
         let ended = self.library.accepted(call, unsafe { (self.library.group_end)() });
         drop(state);
@@ -235,8 +235,8 @@ impl Communicators {
         self.settle(index, call)
     }
 
-    fn queue_one(&self, comm: ncclComm_t, device: &Device, call: Call) -> ncclResult_t {
-        let stream: cudaStream_t = device.comm_stream().cast();
+    fn queue_one(&self, comm: ncclComm_t, (device, stream): (&Device, Stream), call: Call) -> ncclResult_t {
+        let stream: cudaStream_t = device.raw_stream(stream).cast();
         let address = |tensor| ptr::with_exposed_provenance_mut::<c_void>(device.address(tensor) as usize);
         let bytes = |tensor: Tensor| (tensor.bytes() as usize, ncclDataType_t::ncclUint8);
         let elements = |tensor: Tensor| (tensor.elements() as usize, sum_type(tensor.dtype));
