@@ -1,6 +1,14 @@
-//! Which attention heads each rank of a sequence-parallel group computes.
+//! Attention heads, and which of them each rank of a sequence-parallel group computes.
 
 use std::ops::Range;
+
+/// Shape of one attention call: `n_heads` query heads share `n_kv_heads` key-value heads of `head_dim`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Heads {
+    pub n_heads: u64,
+    pub n_kv_heads: u64,
+    pub head_dim: u64,
+}
 
 /// Query heads of one rank that share key-value heads evenly, as attention wants them.
 #[derive(Debug, Clone, PartialEq, Eq)]

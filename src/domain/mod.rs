@@ -2,6 +2,7 @@
 //!
 //! Pure types and checks. Nothing here opens a file, a socket or a database, and nothing of ours is imported.
 
+pub mod attention_workspace;
 pub mod event;
 pub mod fields;
 pub mod heads;

@@ -1,39 +1,27 @@
 //! Scratch that a device's libraries need beside the arena's tensors, by formula.
 
 use super::{Ranks, shards};
-use crate::domain::{ModelConfig, heads::HeadRun, machine::DeviceKind};
+use crate::domain::{
+    ModelConfig, attention_workspace,
+    heads::{HeadRun, Heads},
+    machine::DeviceKind,
+};
 
 /// Measured: the kernels of cuBLASLt and cuDNN that a step loads, and local memory for them.
 const CUDA_MODULES_BYTES: u64 = 256 << 20;
 
-/// Keys of a block, query heads times keys of a call, and keys of a tile, as `backend/cuda` cuts them.
-const CUDA_BLOCK_KEYS: u64 = 1 << 16;
-const CUDA_HEAD_KEYS: u64 = 1 << 19;
-const CUDA_TILE_KEYS: u64 = 128;
 /// Measured: resident bytes of a process that has the driver, cuBLASLt and cuDNN loaded.
 const CUDA_HOST_BYTES: u64 = 544 << 20;
 
 /// Bytes of attention scratch for chunks of `chunk` queries against up to `tokens` keys, on the rank that needs most.
 pub fn attention(model: &ModelConfig, device: DeviceKind, ranks: Ranks, chunk: u64, tokens: u64) -> u64 {
-    let runs = shards::heads(model, ranks).into_iter().flatten();
-    runs.map(|run| attention_of(&run, model.head_dim, device, chunk.min(tokens), tokens)).max().unwrap_or(0)
-}
-
-fn attention_of(run: &HeadRun, head_dim: u64, device: DeviceKind, chunk: u64, tokens: u64) -> u64 {
-    let (n_heads, group) = (run.n_heads(), run.n_heads() / run.n_kv_heads());
+    let of_run = |run: HeadRun| {
+        let heads = Heads { n_heads: run.n_heads(), n_kv_heads: run.n_kv_heads(), head_dim: model.head_dim };
+        attention_workspace::bytes(heads, chunk.min(tokens), tokens)
+    };
     match device {
         DeviceKind::Cpu => 0,
-        DeviceKind::Cuda => {
-            // Backward, by block of keys: sums of dq twice over and a call's dq, its dk and dv and those of every query head,
-            // and the library's slack.
-            let align = |bytes: u64| bytes.next_multiple_of(256);
-            let block = tokens.min(CUDA_BLOCK_KEYS.max(chunk + CUDA_TILE_KEYS));
-            let head_keys = (n_heads * block).min(CUDA_HEAD_KEYS.max(group * block));
-            let gradients = align(head_keys.div_ceil(group) * head_dim * 2);
-            let queries = chunk * n_heads * head_dim;
-            let by_head = if group > 1 { 2 * align(head_keys * head_dim * 2) } else { 0 };
-            2 * align(queries * 4) + align(queries * 2) + 2 * gradients + by_head + (1 << 20)
-        }
+        DeviceKind::Cuda => shards::heads(model, ranks).into_iter().flatten().map(of_run).max().unwrap_or(0),
     }
 }
 

@@ -22,6 +22,7 @@ use std::{fs::File, ops::Range};
 pub use tensor::{ALIGNMENT, DType, Space, Split, Tensor};
 
 use super::error::Result;
+pub use crate::domain::heads::Heads;
 
 /// Queues of work that run beside each other. `Cpu` finishes everything inside the call.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -36,14 +37,6 @@ pub enum Stream {
     Exchange,
     /// Collectives of all ranks: gathers of weights, sums of gradients.
     Gather,
-}
-
-/// Shape of one attention call: `n_heads` query heads share `n_kv_heads` key-value heads of `head_dim`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Heads {
-    pub n_heads: u64,
-    pub n_kv_heads: u64,
-    pub head_dim: u64,
 }
 
 /// Which queries an attention call computes and what they may see.

@@ -129,23 +129,6 @@ fn one_wall_may_be_the_disk() {
     assert!(plan::longest(&request(&model, &small, 128)) > without);
 }
 
-#[test]
-fn the_planner_and_the_gpu_agree_on_attention_scratch() {
-    use longhaul::{
-        domain::machine::DeviceKind,
-        engine::backend::{Heads, cuda::attention_workspace_bytes},
-        plan::Ranks,
-    };
-    for name in ["llama-3.2-1b", "llama-3.1-8b", "10m"] {
-        let model = shapes::named(name).unwrap();
-        let heads = Heads { n_heads: model.n_heads, n_kv_heads: model.n_kv_heads, head_dim: model.head_dim };
-        for (chunk, tokens) in [(128, 128), (8192, 131_072), (16_384, 2_000_000)] {
-            let planned = plan::workspace::attention(&model, DeviceKind::Cuda, Ranks::ONE, chunk, tokens);
-            assert_eq!(planned, attention_workspace_bytes(heads, chunk, tokens), "{name} {chunk} {tokens}");
-        }
-    }
-}
-
 /// An H200 with this much host memory.
 fn hopper(host_gib: u64) -> longhaul::domain::Machine {
     let rates = longhaul::domain::machine::Rates {

@@ -28,16 +28,18 @@ use std::{
 
 use cudarc::driver::CudaEvent;
 
+use self::{cudnn::Attention, gemm::Gemm, kernels::Kernels, profile::Profile};
 pub use self::{
-    attention::workspace_bytes as attention_workspace_bytes,
     device::Device,
     profile::{Part, Profiled},
 };
-use self::{cudnn::Attention, gemm::Gemm, kernels::Kernels, profile::Profile};
 use super::{
     AdamW, AttentionGrads, AttentionSaved, Backend, DType, Heads, OptimizerState, Stream, Tensor, Window, resident,
 };
-use crate::engine::{Error, Result};
+use crate::{
+    domain::attention_workspace,
+    engine::{Error, Result},
+};
 
 /// One GPU, its kernels and the plans that its libraries made.
 #[derive(Debug)]
@@ -184,7 +186,7 @@ impl Backend for Cuda {
     }
 
     fn attention_workspace(&self, heads: Heads, c: u64, kv: u64) -> u64 {
-        attention_workspace_bytes(heads, c, kv)
+        attention_workspace::bytes(heads, c, kv)
     }
 
     fn prepare_attention(&mut self, heads: Heads, window: &Window) -> Result {

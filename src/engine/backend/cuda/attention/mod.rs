@@ -16,10 +16,8 @@ mod pieces;
 mod single;
 #[cfg(test)]
 mod tests;
-mod workspace;
 
 use self::pieces::is_one_document;
-pub use self::workspace::workspace_bytes;
 use super::{
     super::{AttentionGrads, AttentionSaved, DType, Heads, Tensor, Window},
     Cuda,
@@ -31,10 +29,9 @@ use super::{
 };
 use crate::engine::Result;
 
-/// (query heads) x (keys) that one call of forward or backward takes, as long as it takes one kv head's group at least: fewer
-/// leave multiprocessors idle at the end of a call, more save nothing.
+/// (query heads) x (keys) that one call of forward takes, as long as it takes one kv head's group at least: fewer leave
+/// multiprocessors idle at the end of a call, more save nothing.
 const FORWARD_HEAD_KEYS: u64 = 1 << 20;
-const BACKWARD_HEAD_KEYS: u64 = 1 << 19;
 /// Elements that one thread of attention.cu moves where it moves several, and threads of its blocks.
 const ELEMENTS: u64 = 8;
 const THREADS: u32 = 256;
@@ -105,7 +102,7 @@ impl Cuda {
     /// `Backend::attention`.
     ///
     /// # Panics
-    /// When the workspace is smaller than [`workspace_bytes`].
+    /// When the workspace is smaller than `Backend::attention_workspace`.
     pub fn attention(
         &mut self,
         o: Tensor,
@@ -129,7 +126,7 @@ impl Cuda {
     /// `Backend::attention_backward`. The spread of dq, dk and dv between runs is that of cuDNN's atomic additions.
     ///
     /// # Panics
-    /// When the workspace is smaller than [`workspace_bytes`].
+    /// When the workspace is smaller than `Backend::attention_workspace`.
     pub fn attention_backward(
         &mut self,
         grads: AttentionGrads,

@@ -19,10 +19,12 @@ use super::{
         },
     },
     ELEMENTS, Operands, Sums, Together, grid,
-    pieces::{Piece, packed_pieces, padded},
-    workspace::{PackedRegions, Room},
+    pieces::{Piece, packed_pieces},
 };
-use crate::engine::Result;
+use crate::{
+    domain::attention_workspace::{PackedRegions, Room, padded},
+    engine::Result,
+};
 
 /// Pieces of one size that share calls.
 #[derive(Debug, Clone, PartialEq, Eq)]

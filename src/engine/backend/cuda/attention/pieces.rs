@@ -3,14 +3,7 @@
 use std::ops::Range;
 
 use super::super::super::Window;
-
-/// Keys of a tile of the library's backward.
-pub(super) const TILE_KEYS: u64 = 128;
-/// Keys of a block of backward where documents are not packed: enough that reading queries anew for each does not count.
-pub(super) const BLOCK_KEYS: u64 = 1 << 16;
-/// Where documents are packed, keys before a fragment come in blocks of powers of two from the one to the other of these.
-const LEAST_PACKED_BLOCK: u64 = 1 << 10;
-pub(super) const MOST_PACKED_BLOCK: u64 = 1 << 14;
+use crate::domain::attention_workspace::{BLOCK_KEYS, LEAST_PACKED_BLOCK, MOST_PACKED_BLOCK, TILE_KEYS};
 
 /// Queries of a chunk and keys of the sequence, both by position in the sequence.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -66,16 +59,6 @@ pub(super) fn backward_pieces(window: &Window) -> Vec<Piece> {
 pub(super) fn packed_pieces(window: &Window) -> Vec<Vec<Piece>> {
     let block = |left: u64| MOST_PACKED_BLOCK.min(1 << left.ilog2());
     fragments(window).into_iter().map(|fragment| fragment.in_blocks(LEAST_PACKED_BLOCK, block)).collect()
-}
-
-/// A number of rows that a call of packed documents has, where `n` are needed: whole tiles, and few different numbers.
-pub(super) fn padded(n: u64) -> u64 {
-    n.next_multiple_of(TILE_KEYS.max(n.next_power_of_two() / 16))
-}
-
-/// The most rows of a causal call in chunks of `c`.
-pub(super) fn longest_padded(c: u64) -> u64 {
-    padded(c + LEAST_PACKED_BLOCK - 1)
 }
 
 /// True where the window lies in a document that began the sequence: the sizes of its calls are few, and come again.

@@ -8,11 +8,13 @@ use super::{
         Cuda,
         cudnn::{Pass, Shape},
     },
-    BACKWARD_HEAD_KEYS, FORWARD_HEAD_KEYS, Operands, Sums, Together,
+    FORWARD_HEAD_KEYS, Operands, Sums, Together,
     pieces::{Piece, backward_pieces, fragments},
-    workspace::Regions,
 };
-use crate::engine::Result;
+use crate::{
+    domain::attention_workspace::{BACKWARD_HEAD_KEYS, Regions},
+    engine::Result,
+};
 
 /// (heads of a call) x (keys) x (head size) stays at or below this: past it cuDNN 9.19 writes wrong gradients and says nothing.
 const MOST_ELEMENTS: u64 = 1 << 31;

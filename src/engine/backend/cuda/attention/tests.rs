@@ -7,8 +7,8 @@ use super::{
     super::super::{Heads, Window},
     packed::{Set, sets},
     pieces::{Piece, backward_pieces, fragments, packed_pieces},
-    workspace::Room,
 };
+use crate::domain::attention_workspace::Room;
 
 const LLAMA: Heads = Heads { n_heads: 32, n_kv_heads: 8, head_dim: 128 };
 const HEADS: [Heads; 4] = [

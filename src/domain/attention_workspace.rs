@@ -1,13 +1,29 @@
-//! The workspace that both passes share, by formula: the planner lays it out before there is a device. Offsets in bytes.
+//! The workspace of attention on a GPU, by formula: the planner lays it out before there is a device, and the backend's calls
+//! keep to it. Both passes share it. Offsets in bytes.
 
-use super::{
-    super::super::Heads,
-    BACKWARD_HEAD_KEYS,
-    pieces::{BLOCK_KEYS, MOST_PACKED_BLOCK, TILE_KEYS, longest_padded},
-};
+use super::heads::Heads;
 
+/// (query heads) x (keys) that one call of backward takes, as long as it takes one kv head's group at least.
+pub const BACKWARD_HEAD_KEYS: u64 = 1 << 19;
+/// Keys of a tile of the library's backward.
+pub const TILE_KEYS: u64 = 128;
+/// Keys of a block of backward where documents are not packed: enough that reading queries anew for each does not count.
+pub const BLOCK_KEYS: u64 = 1 << 16;
+/// Where documents are packed, keys before a fragment come in blocks of powers of two from the one to the other of these.
+pub const LEAST_PACKED_BLOCK: u64 = 1 << 10;
+pub const MOST_PACKED_BLOCK: u64 = 1 << 14;
 /// What cuDNN's workspace for a backward call may need beyond the bf16 gradients of every query head.
 const LIBRARY_SLACK_BYTES: u64 = 1 << 20;
+
+/// A number of rows that a call of packed documents has, where `n` are needed: whole tiles, and few different numbers.
+pub fn padded(n: u64) -> u64 {
+    n.next_multiple_of(TILE_KEYS.max(n.next_power_of_two() / 16))
+}
+
+/// The most rows of a causal call of packed documents in chunks of `c`.
+fn longest_padded(c: u64) -> u64 {
+    padded(c + LEAST_PACKED_BLOCK - 1)
+}
 
 fn align(bytes: u64) -> u64 {
     bytes.next_multiple_of(256)
@@ -21,12 +37,12 @@ fn sums(heads: Heads, c: u64) -> u64 {
 /// Of backward where documents are not packed: sums of dq in f32, then one call's dk, dv and dq, the library's f32 sums of dq, and
 /// its own workspace.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Regions {
-    pub(super) dk: u64,
-    pub(super) dv: u64,
-    pub(super) dq: u64,
-    pub(super) dq_sums: u64,
-    pub(super) library: u64,
+pub struct Regions {
+    pub dk: u64,
+    pub dv: u64,
+    pub dq: u64,
+    pub dq_sums: u64,
+    pub library: u64,
     end: u64,
 }
 
@@ -38,7 +54,7 @@ fn most_head_keys(heads: Heads, c: u64, keys: u64) -> u64 {
 
 impl Regions {
     /// For chunks of up to `c` queries against up to `keys` keys.
-    pub(super) fn of(heads: Heads, c: u64, keys: u64) -> Self {
+    pub fn of(heads: Heads, c: u64, keys: u64) -> Self {
         let Heads { n_heads, n_kv_heads, head_dim } = heads;
         let group = n_heads / n_kv_heads;
         let head_keys = most_head_keys(heads, c, keys);
@@ -56,18 +72,18 @@ impl Regions {
 
 /// How much a call of packed documents may have.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Room {
+pub struct Room {
     /// (query heads) x (rows of queries).
-    pub(super) head_queries: u64,
+    pub head_queries: u64,
     /// (query heads) x (rows of keys).
-    pub(super) head_keys: u64,
+    pub head_keys: u64,
     /// (kv heads) x (rows of keys).
-    pub(super) keys: u64,
+    pub keys: u64,
 }
 
 impl Room {
     /// As much as fits where other calls' [`Regions`] end, and one head's longest call at least.
-    pub(super) fn of(heads: Heads, c: u64, keys: u64) -> Self {
+    pub fn of(heads: Heads, c: u64, keys: u64) -> Self {
         let group = heads.n_heads / heads.n_kv_heads;
         let longest = longest_padded(c);
         let most_keys = longest.max(MOST_PACKED_BLOCK);
@@ -82,24 +98,25 @@ impl Room {
 /// Of calls of packed documents: f32 sums of attention's output or of dq, then one call's operands with rows of their own, its
 /// gradients, the library's f32 sums of dq, and its own workspace.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct PackedRegions {
-    pub(super) q: u64,
-    pub(super) k: u64,
-    pub(super) v: u64,
-    pub(super) o: u64,
-    pub(super) statistics: u64,
-    pub(super) d_o: u64,
-    pub(super) dq: u64,
-    pub(super) dk: u64,
-    pub(super) dv: u64,
-    pub(super) delta: u64,
-    pub(super) dq_sums: u64,
-    pub(super) library: u64,
+pub struct PackedRegions {
+    pub q: u64,
+    pub k: u64,
+    pub v: u64,
+    pub o: u64,
+    pub statistics: u64,
+    pub d_o: u64,
+    pub dq: u64,
+    pub dk: u64,
+    pub dv: u64,
+    pub delta: u64,
+    pub dq_sums: u64,
+    pub library: u64,
     end: u64,
 }
 
 impl PackedRegions {
-    pub(super) fn of(heads: Heads, c: u64, keys: u64) -> Self {
+    /// As [`Regions::of`].
+    pub fn of(heads: Heads, c: u64, keys: u64) -> Self {
         Self::within(heads, c, Room::of(heads, c, keys))
     }
 
@@ -121,9 +138,9 @@ impl PackedRegions {
     }
 }
 
-/// `Backend::attention_workspace`.
-pub fn workspace_bytes(heads: Heads, c: u64, kv: u64) -> u64 {
-    Regions::of(heads, c, kv).end.max(PackedRegions::of(heads, c, kv).end)
+/// Bytes of the workspace for chunks of up to `c` queries against up to `keys` keys.
+pub fn bytes(heads: Heads, c: u64, keys: u64) -> u64 {
+    Regions::of(heads, c, keys).end.max(PackedRegions::of(heads, c, keys).end)
 }
 
 #[cfg(test)]
