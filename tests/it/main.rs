@@ -25,6 +25,7 @@ mod private_postgres;
 mod source;
 mod store;
 mod support;
+mod together;
 mod training;
 mod transformers;
 mod twenty_steps;

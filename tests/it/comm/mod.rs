@@ -1,8 +1,8 @@
 //! Collectives between ranks: the same body on every transport, and what the others see when a rank goes.
 
 mod collectives;
-mod nccl;
-mod processes;
+pub mod nccl;
+pub mod processes;
 mod rendezvous;
 mod tcp;
 mod threads;

@@ -13,7 +13,7 @@ use super::{
     processes::{say, start},
 };
 
-fn joined(control: HostComm<Tcp>) -> (Cuda, Nccl) {
+pub fn joined(control: HostComm<Tcp>) -> (Cuda, Nccl) {
     let cuda = Cuda::open(control.rank(), &[]).unwrap();
     let nccl = Nccl::new(&cuda, control, &[]).unwrap();
     (cuda, nccl)

@@ -3,6 +3,7 @@
 use std::{
     io::{BufRead, BufReader, Write},
     net::TcpListener,
+    path::Path,
     process::{Child, Command, Stdio},
     sync::{
         Arc,
@@ -20,7 +21,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use sha2::{Digest, Sha256};
 
 use super::{NO_HANG, collectives, lost, nccl, tcp::meeting};
-use crate::support::Sandbox;
+use crate::{
+    support::{self, Sandbox},
+    together,
+};
 
 /// What a rank is told: its number, how many there are, where rank 0 listens ("" for rank 0 itself), what to do.
 const RANK: &str = "LONGHAUL_TEST_COMM_RANK";
@@ -32,7 +36,7 @@ pub struct Rank {
     process: Child,
     lines: Receiver<String>,
     /// Where it works, so that it ends with the test even if it is stopped and the test is killed.
-    _sandbox: Arc<Sandbox>,
+    sandbox: Arc<Sandbox>,
 }
 
 impl Rank {
@@ -40,6 +44,7 @@ impl Rank {
         let mut process = Command::new(std::env::current_exe().unwrap())
             .args(["comm::processes::rank", "--exact", "--ignored", "--nocapture"])
             .env(RANK, format!("{rank} {n_ranks} {work} {address}"))
+            .env("LONGHAUL_TEST_DATA", support::tree().canonicalize().unwrap())
             .current_dir(sandbox.path())
             .stdout(Stdio::piped())
             .spawn()
@@ -47,7 +52,7 @@ impl Rank {
         let (tell, lines) = mpsc::channel();
         let stdout = BufReader::new(process.stdout.take().unwrap());
         thread::spawn(move || stdout.lines().map_while(Result::ok).try_for_each(|line| tell.send(line)));
-        Self { process, lines, _sandbox: Arc::clone(sandbox) }
+        Self { process, lines, sandbox: Arc::clone(sandbox) }
     }
 
     /// The rest of the next line that begins so.
@@ -59,6 +64,11 @@ impl Rank {
                 return rest.trim().to_owned();
             }
         }
+    }
+
+    /// Where all ranks work.
+    pub fn folder(&self) -> &Path {
+        self.sandbox.path()
     }
 
     pub fn send(&self, signal: Signal) {
@@ -119,7 +129,10 @@ fn rank() {
             let (rank, message) = lost::<()>(Err(nccl::until_lost(comm)));
             say(&format!("lost {rank} {message}"));
         }
-        other => panic!("no such work: {other}"),
+        other => {
+            let (work, device) = other.split_once('-').expect("work and a device");
+            together::rank(work, device, comm);
+        }
     }
 }
 

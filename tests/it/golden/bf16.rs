@@ -8,11 +8,12 @@ use longhaul::{
     domain::training::Precision,
     engine::{
         backend::{Backend, cpu::Cpu},
+        comm::Comm,
         train::session::Session,
     },
     plan::{Forced, Gradients},
 };
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{Golden, config, folder, golden, read_all, session};
@@ -54,6 +55,49 @@ pub fn errors<B: Backend>(session: &mut Session<B>, tokens: &Tokens) -> Errors {
     Errors { loss: (loss - theirs).abs() / theirs, gradients: gradients.collect() }
 }
 
+/// What one of several ranks knows of them: the loss, and of its part of each gradient the squares of the error and of the values.
+#[derive(Serialize, Deserialize)]
+pub struct OwnErrors {
+    loss: f64,
+    squares: BTreeMap<String, (f64, f64)>,
+}
+
+/// Errors of this rank's part, as [`errors`].
+pub fn own_errors<B: Backend, C: Comm<B>>(session: &mut Session<B, C>, tokens: &Tokens) -> OwnErrors {
+    session.gradients(&[tokens.batch()]).unwrap();
+    let loss = session.totals().unwrap().mean_loss();
+    let (parameters, grads) = (session.parameters().to_vec(), session.flat_grads());
+    let exact = read_all(&folder(NAME).join("gradients.safetensors"), &parameters);
+    let mut squares = BTreeMap::new();
+    for parameter in parameters {
+        let exact = &exact[&parameter.name];
+        let (error, norm) = squares.entry(parameter.name.clone()).or_insert((0.0, 0.0));
+        for (first, place) in session.owned(&parameter, grads) {
+            let values = model::read(&mut session.backend, place);
+            for (ours, exact) in values.iter().zip(&exact[first as usize..]) {
+                *error += (ours - exact).powi(2);
+                *norm += exact.powi(2);
+            }
+        }
+    }
+    OwnErrors { loss, squares }
+}
+
+impl Errors {
+    /// Of the whole model, from what every rank knows.
+    pub fn of_ranks(ranks: Vec<OwnErrors>) -> Self {
+        let theirs = golden(NAME).steps[0].loss;
+        let loss = ranks[0].loss;
+        assert!(ranks.iter().all(|rank| rank.loss.to_bits() == loss.to_bits()), "every rank knows the loss");
+        let gradients = ranks[0].squares.keys().map(|name| {
+            let sum = |a: (f64, f64), b: (f64, f64)| (a.0 + b.0, a.1 + b.1);
+            let (error, norm) = ranks.iter().map(|rank| rank.squares[name]).fold((0.0, 0.0), sum);
+            (name.clone(), (error / norm).sqrt())
+        });
+        Self { loss: (loss - theirs).abs() / theirs, gradients: gradients.collect() }
+    }
+}
+
 /// Asserts the bounds; says in numbers how the engine stands beside PyTorch.
 pub fn assert_as_good_as_pytorch(what: &str, errors: &Errors) -> serde_json::Value {
     let text = std::fs::read_to_string(folder(NAME).join("bf16.json")).unwrap();
@@ -75,7 +119,7 @@ pub fn assert_as_good_as_pytorch(what: &str, errors: &Errors) -> serde_json::Val
 }
 
 /// Trains the golden steps; the largest relative error of a loss, which is asserted.
-pub fn trained<B: Backend>(what: &str, session: &mut Session<B>, sequences: &[Tokens]) -> f64 {
+pub fn trained<B: Backend, C: Comm<B>>(what: &str, session: &mut Session<B, C>, sequences: &[Tokens]) -> f64 {
     let golden: Golden = golden(NAME);
     let mut worst = 0f64;
     for (i, (step, tokens)) in golden.steps.iter().zip(sequences).enumerate() {

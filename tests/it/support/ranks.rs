@@ -17,7 +17,7 @@ use longhaul::{
     plan::Plan,
 };
 
-use super::model::{self, Random};
+use super::{model, stage};
 
 /// A rank's session, in f64 unless said otherwise.
 pub type Rank<S = f64> = Session<Cpu<S>, HostComm<threads::Threads>>;
@@ -84,16 +84,7 @@ where
 
 /// The weights of [`model::session_f64`], each rank its own.
 pub fn scatter(session: &mut Rank, seed: u64) {
-    let mut random = Random(seed);
-    let (parameters, weights) = (session.parameters().to_vec(), session.flat_weights());
-    for parameter in parameters {
-        let base = if parameter.shape.len() == 1 { 1.0 } else { 0.0 };
-        let values: Vec<f64> = (0..parameter.elements()).map(|_| base + 0.2 * random.signed()).collect();
-        for (first, place) in session.owned(&parameter, weights) {
-            let values = &values[first as usize..(first + place.elements()) as usize];
-            model::write(&mut session.backend, place, values);
-        }
-    }
+    stage::scatter(session, 0.2, seed);
 }
 
 /// What a rank owns of every parameter in one of its flat tensors: parameter by parameter, the first element's index there and

@@ -8,6 +8,7 @@ use longhaul::{
     },
     engine::{
         backend::{AdamW, Backend, cpu::Cpu},
+        comm::Comm,
         train::session::Session,
     },
     plan::{self, Forced, Plan},
@@ -52,13 +53,17 @@ impl Stage for OnCpu {
     fn end(&mut self, _: Session<Self::Backend>, _: &Plan) {}
 }
 
-/// Weights that depend on the seed alone: gains about 1, matrices of this spread; masters are the weights.
-pub fn scatter<B: Backend>(session: &mut Session<B>, spread: f64, seed: u64) {
+/// Weights that depend on the seed alone, each rank its own: gains about 1, matrices of this spread; masters are the weights.
+pub fn scatter<B: Backend, C: Comm<B>>(session: &mut Session<B, C>, spread: f64, seed: u64) {
     let mut random = Random(seed);
-    for parameter in session.weights() {
+    let (parameters, weights) = (session.parameters().to_vec(), session.flat_weights());
+    for parameter in parameters {
         let base = if parameter.shape.len() == 1 { 1.0 } else { 0.0 };
-        let values: Vec<f64> = (0..parameter.tensor.elements()).map(|_| base + spread * random.signed()).collect();
-        model::write(&mut session.backend, parameter.tensor, &values);
+        let values: Vec<f64> = (0..parameter.elements()).map(|_| base + spread * random.signed()).collect();
+        for (first, place) in session.owned(&parameter, weights) {
+            let values = &values[first as usize..(first + place.elements()) as usize];
+            model::write(&mut session.backend, place, values);
+        }
     }
     for half in session.optimizer().low.into_iter().flat_map(|low| [low.host, low.device]) {
         session.backend.fill(half, 0.0).unwrap();
