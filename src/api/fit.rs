@@ -6,7 +6,7 @@
 use crate::{
     domain::{
         BaseModel, Event, Invalid, JobRequest, Level, Machine, ModelConfig, TrainingSpec,
-        machine::{DeviceKind, usable},
+        machine::{DeviceKind, alike},
     },
     plan,
     store::{Store, hosts::Host},
@@ -38,19 +38,21 @@ pub async fn ask_live_hosts(store: &Store, asked: &JobRequest) -> Result<Vec<Eve
 
 fn fits_somewhere(hosts: &[Host], model: &str, training: &TrainingSpec) -> Result<Vec<Event>, Invalid> {
     let wanted = training.wanted_device();
-    let candidates: Vec<(&Machine, &ModelConfig)> = hosts_with(hosts, model)?
+    let candidates: Vec<(Machine, &ModelConfig)> = hosts_with(hosts, model)?
         .into_iter()
-        .flat_map(|(host, config)| usable(&host.machines, wanted).map(move |machine| (machine, config)))
+        .flat_map(|(host, config)| alike(&host.machines, wanted).into_iter().map(move |machine| (machine, config)))
         .collect();
     if candidates.is_empty() {
         return Err(no_device(wanted));
     }
     let mut nearest: Option<plan::Refusal> = None;
-    let mut unfit = Ok(Vec::new());
-    for (machine, config) in candidates {
-        let device = machine.device;
-        if let Err(refusal) = config.check_on(device).and_then(|()| training.check_ranks(config, device)) {
-            unfit = Err(refusal);
+    let mut unfit: Option<(u64, Invalid)> = None;
+    for (machine, config) in &candidates {
+        let checked = config.check_on(machine.device).and_then(|()| training.check_ranks(config));
+        if let Err(refusal) = checked.and_then(|()| training.check_devices(config, machine)) {
+            // That of the host with the most devices: what would work there says most.
+            let most = machine.all_devices();
+            unfit = unfit.filter(|(devices, _)| *devices >= most).or(Some((most, refusal)));
             continue;
         }
         match ask_for_plan(config, training, machine) {
@@ -61,18 +63,13 @@ fn fits_somewhere(hosts: &[Host], model: &str, training: &TrainingSpec) -> Resul
             Err(_) => {}
         }
     }
-    nearest.map_or(unfit, |refusal| Err(refusal.into()))
+    Err(nearest.map_or_else(|| unfit.map_or_else(|| no_device(wanted), |(_, refusal)| refusal), Invalid::from))
 }
 
-/// One plan for one machine: for the length asked for, or for a short one where the data decides the length.
+/// One plan for the devices of a host: for the length asked for, or for a short one where the data decides the length.
 fn ask_for_plan(model: &ModelConfig, training: &TrainingSpec, machine: &Machine) -> Result<plan::Plan, plan::Refusal> {
-    let ranks = plan::Ranks { sequence: u64::from(training.sequence_parallel_size), data: 1 };
     let tokens = training.sequence_length.unwrap_or(PADDING).next_multiple_of(PADDING);
-    let tokens = tokens.next_multiple_of(ranks.sequence);
-    let forced = plan::Forced { ranks: Some(ranks), ..plan::Forced::default() };
-    let micro_batches = u64::from(training.gradient_accumulation_steps);
-    let (precision, moments) = (training.precision_on(machine.device), training.moments);
-    plan::plan(&plan::Request { model, precision, moments, tokens, micro_batches, machine, forced })
+    plan::devices::fewest(&plan::Request::of(model, training, machine, tokens))
 }
 
 /// Hosts that have the model, each with the model's numbers.

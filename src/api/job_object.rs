@@ -149,10 +149,15 @@ pub struct CreateTraining {
     /// Storage type of AdamW's moments: `f32` (default), or `bf16`, rounded stochastically, where memory is short.
     #[schema(required = false)]
     moments: Option<String>,
-    /// Ranks that share every sequence, each with a part of its tokens and of weights and states; default 1. It divides the
-    /// model's query heads. On the CPU ranks are threads of one process; on a GPU there is one.
+    /// Ranks that share every sequence, each with a part of its tokens and of weights and states: a GPU each, or a process on
+    /// the CPU. It divides the model's query heads. Absent, a job on GPUs gets as many as it needs, and more while they are
+    /// free and make it much faster; a job on the CPU gets 1.
     #[schema(required = false, minimum = 1, maximum = 128)]
     sequence_parallel_size: Option<u64>,
+    /// Groups of such ranks that take different sequences of a step at the same time. It divides
+    /// `gradient_accumulation_steps`. Absent is as above.
+    #[schema(required = false, minimum = 1, maximum = 1024)]
+    data_parallel_size: Option<u64>,
     /// `cpu` or `cuda`; absent takes a GPU where the host has one. Refused where no host has such a device.
     #[schema(required = false)]
     device: Option<String>,

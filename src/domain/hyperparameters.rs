@@ -8,7 +8,10 @@ use super::{
     Invalid, TrainingSpec,
     fields::{Fields, Setting},
     machine::DeviceKind,
-    training::{LongDocuments, MAX_SEQUENCE_LENGTH, MAX_SEQUENCE_PARALLEL_SIZE, Moments, Precision, Schedule},
+    training::{
+        LongDocuments, MAX_DATA_PARALLEL_SIZE, MAX_SEQUENCE_LENGTH, MAX_SEQUENCE_PARALLEL_SIZE, Moments, Precision,
+        Schedule,
+    },
 };
 
 /// Peak learning rate that a `learning_rate_multiplier` of 1 stands for: that of full fine-tuning at batch 1.
@@ -24,7 +27,7 @@ pub const MAX_SEED: u64 = i32::MAX as u64;
 const ABOVE_ZERO: f64 = 1e-30;
 
 /// Fields of `training` that are numbers and choices; the request adds its lists of files.
-pub const TRAINING_FIELDS: [&str; 22] = [
+pub const TRAINING_FIELDS: [&str; 23] = [
     "sequence_length",
     "long_documents",
     "packing",
@@ -46,6 +49,7 @@ pub const TRAINING_FIELDS: [&str; 22] = [
     "precision",
     "moments",
     "sequence_parallel_size",
+    "data_parallel_size",
     "device",
 ];
 
@@ -165,7 +169,8 @@ fn read_training(fields: &Fields, spec: &mut TrainingSpec) -> Result<(), Invalid
     let accumulation = fields.whole("gradient_accumulation_steps", 1..=MAX_ACCUMULATION)?;
     set(&mut spec.gradient_accumulation_steps, accumulation.map(|n| n as u32));
     let ranks = fields.whole("sequence_parallel_size", 1..=MAX_SEQUENCE_PARALLEL_SIZE)?;
-    set(&mut spec.sequence_parallel_size, ranks.map(|n| n as u32));
+    spec.sequence_parallel_size = ranks.map(|n| n as u32);
+    spec.data_parallel_size = fields.whole("data_parallel_size", 1..=MAX_DATA_PARALLEL_SIZE)?.map(|n| n as u32);
     set(&mut spec.warmup_steps, fields.whole("warmup_steps", 0..=MAX_STEPS)?);
     set(&mut spec.seed, fields.whole("seed", 0..=MAX_SEED)?);
     set(&mut spec.packing, fields.switch("packing")?);

@@ -44,7 +44,7 @@ pub struct Machine {
     pub device: DeviceKind,
     /// The device's own name, for people (`NVIDIA H200`, `AMD EPYC`).
     pub device_name: String,
-    /// How many devices of a host one plan may take. 1 for the CPU, whose ranks are threads.
+    /// How many devices of a host one plan may take. 1 for the CPU, whose cores any number of ranks share.
     pub n_devices: u32,
     /// Several such hosts that train together; `None` is one.
     #[serde(default)]
@@ -77,6 +77,21 @@ impl Machine {
     /// Ranks on the fullest host when there are `n_ranks`, a device each, host after host; ranks of a CPU are all on one.
     pub fn ranks_on_host(&self, n_ranks: u64) -> u64 {
         if self.network.is_some() { n_ranks.min(self.n_devices.into()) } else { n_ranks }
+    }
+
+    /// So many of these devices, with their part of the host's memory and disk. A CPU stays whole, however many ranks share it.
+    #[must_use]
+    pub fn some(&self, n: u64) -> Self {
+        if self.device == DeviceKind::Cpu || self.network.is_some() {
+            return self.clone();
+        }
+        let part = |bytes: u64| bytes / u64::from(self.n_devices.max(1)) * n;
+        Self {
+            n_devices: n.try_into().unwrap_or(u32::MAX),
+            host_bytes: part(self.host_bytes),
+            disk_bytes: part(self.disk_bytes),
+            ..self.clone()
+        }
     }
 
     /// Devices of one host that one plan may take together: as much memory a device as the smallest has, and of the host's
@@ -129,6 +144,18 @@ pub fn usable(machines: &[Machine], wanted: Option<DeviceKind>) -> impl Iterator
     let best = || machines.iter().map(|machine| machine.device).find(|device| *device == DeviceKind::Cuda);
     let device = wanted.or_else(best).unwrap_or(DeviceKind::Cpu);
     machines.iter().filter(move |machine| machine.device == device)
+}
+
+/// The [`usable`] machines of a host as plans take them: those of a kind together, since the ranks of a job wait for each other.
+pub fn alike(machines: &[Machine], wanted: Option<DeviceKind>) -> Vec<Machine> {
+    let mut kinds: Vec<Vec<Machine>> = Vec::new();
+    for machine in usable(machines, wanted) {
+        match kinds.iter_mut().find(|kind| kind[0].device_name == machine.device_name) {
+            Some(kind) => kind.push(machine.clone()),
+            None => kinds.push(vec![machine.clone()]),
+        }
+    }
+    kinds.iter().filter_map(|kind| Machine::together(kind)).collect()
 }
 
 /// Measured speeds of this host's devices, in a file of its own: `longhaul calibrate` writes it.

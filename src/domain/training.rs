@@ -4,7 +4,12 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use super::{Invalid, ModelConfig, fields::meant, heads, machine::DeviceKind};
+use super::{
+    Invalid, ModelConfig,
+    fields::meant,
+    heads,
+    machine::{DeviceKind, Machine},
+};
 
 /// What was asked of the training, checked. Field names are those of the request's `training` object.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -45,17 +50,13 @@ pub struct TrainingSpec {
     pub precision: Option<Precision>,
     #[serde(default)]
     pub moments: Moments,
-    /// Ranks that share each sequence, every one with its part of the tokens, weights and states. See
-    /// [`TrainingSpec::check_ranks`].
-    #[serde(default = "one")]
-    pub sequence_parallel_size: u32,
+    /// Ranks that share each sequence, every one with its part of the tokens, weights and states; `None` takes as many as serve
+    /// the job. See [`TrainingSpec::check_ranks`].
+    pub sequence_parallel_size: Option<u32>,
+    /// Groups of such ranks that take different sequences of a step at the same time; `None` likewise.
+    pub data_parallel_size: Option<u32>,
     /// Where to train; `None` takes the best device the host has, see [`TrainingSpec::wanted_device`].
     pub device: Option<DeviceKind>,
-}
-
-/// Jobs of before there were several ranks have one.
-fn one() -> u32 {
-    1
 }
 
 /// What becomes of a document longer than the sequence.
@@ -165,7 +166,8 @@ impl Default for TrainingSpec {
             seed: 0,
             precision: None,
             moments: Moments::F32,
-            sequence_parallel_size: 1,
+            sequence_parallel_size: None,
+            data_parallel_size: None,
             device: None,
         }
     }
@@ -175,6 +177,8 @@ impl Default for TrainingSpec {
 pub const MAX_SEQUENCE_LENGTH: u64 = 1 << 30;
 /// Most ranks that may share a sequence: as many as the largest models have query heads.
 pub const MAX_SEQUENCE_PARALLEL_SIZE: u64 = 128;
+/// Most replicas.
+pub const MAX_DATA_PARALLEL_SIZE: u64 = 1024;
 
 /// The field of ranks, in requests.
 const RANKS: &str = "training.sequence_parallel_size";
@@ -191,10 +195,9 @@ impl TrainingSpec {
         self.device.or((self.precision == Some(Precision::F32)).then_some(DeviceKind::Cpu))
     }
 
-    /// Refuses ranks that the model's heads cannot be dealt to, or that a device does not have.
-    pub fn check_ranks(&self, model: &ModelConfig, device: DeviceKind) -> Result<(), Invalid> {
-        self.check_ranks_on(device)?;
-        let (n, heads) = (u64::from(self.sequence_parallel_size), model.n_heads);
+    /// Refuses ranks that the model's heads cannot be dealt to.
+    pub fn check_ranks(&self, model: &ModelConfig) -> Result<(), Invalid> {
+        let (n, heads) = (u64::from(self.sequence_parallel_size.unwrap_or(1)), model.n_heads);
         if heads.is_multiple_of(n) {
             return Ok(());
         }
@@ -204,14 +207,29 @@ impl TrainingSpec {
         Err(Invalid::new(RANKS, message))
     }
 
-    fn check_ranks_on(&self, device: DeviceKind) -> Result<(), Invalid> {
-        if device == DeviceKind::Cpu || self.sequence_parallel_size == 1 {
+    /// Devices that the job takes at the least.
+    pub fn asked_devices(&self) -> u64 {
+        u64::from(self.sequence_parallel_size.unwrap_or(1)) * u64::from(self.data_parallel_size.unwrap_or(1))
+    }
+
+    /// Refuses more ranks than there are GPUs of a kind together, of which this machine tells; each has one of its own.
+    pub fn check_devices(&self, model: &ModelConfig, machine: &Machine) -> Result<(), Invalid> {
+        let (asked, there) = (self.asked_devices(), machine.all_devices());
+        if machine.device == DeviceKind::Cpu || asked <= there {
             return Ok(());
         }
+        let (field, sizes) = match (self.sequence_parallel_size, u64::from(self.data_parallel_size.unwrap_or(1))) {
+            (Some(n), data) if n > 1 && data <= there => {
+                (RANKS, heads::group_sizes(model.n_heads).into_iter().filter(|size| size * data <= there).collect())
+            }
+            _ => ("training.data_parallel_size", (1..=there).collect::<Vec<u64>>()),
+        };
+        let sizes = sizes.iter().map(u64::to_string).collect::<Vec<_>>().join(", ");
         let message = format!(
-            "{RANKS} must be 1 on a GPU, where jobs do not train on several yet: leave it out, or set training.device to cpu"
+            "{field} must leave a GPU for each rank: {asked} are asked for, and {there} of a kind are there: take one of {sizes}, \
+             or leave it out to get as many as serve the job"
         );
-        Err(Invalid::new(RANKS, message))
+        Err(Invalid::new(field, message))
     }
 
     /// Checks every number against its documented range; `prefix` is the JSON path of the object (`training`).
@@ -246,7 +264,8 @@ impl TrainingSpec {
         counted("gradient_accumulation_steps", Some(u64::from(self.gradient_accumulation_steps)), 65_536)?;
         counted("checkpoint_interval", self.checkpoint_interval, 100_000_000)?;
         counted("evaluation_interval", self.evaluation_interval, 100_000_000)?;
-        counted("sequence_parallel_size", Some(u64::from(self.sequence_parallel_size)), MAX_SEQUENCE_PARALLEL_SIZE)?;
+        counted("sequence_parallel_size", self.sequence_parallel_size.map(u64::from), MAX_SEQUENCE_PARALLEL_SIZE)?;
+        counted("data_parallel_size", self.data_parallel_size.map(u64::from), MAX_DATA_PARALLEL_SIZE)?;
         within("warmup_steps", self.warmup_steps as f64, 0.0, 1e8)?;
         within("learning_rate", self.learning_rate, 0.0, 10.0)?;
         within("min_lr_ratio", self.min_lr_ratio, 0.0, 1.0)?;
@@ -261,8 +280,13 @@ impl TrainingSpec {
                 format!("{prefix}.precision must be bf16 on a GPU: leave it out, or set {prefix}.device to cpu");
             return refuse("precision", message);
         }
-        if let Some(device) = self.device {
-            self.check_ranks_on(device)?;
+        let sequences = self.gradient_accumulation_steps;
+        if let Some(n) = self.data_parallel_size.filter(|n| !sequences.is_multiple_of(*n)) {
+            let message = format!(
+                "{prefix}.data_parallel_size must divide the {sequences} sequences of a step, of which replicas take equal \
+                 shares, not be {n}: raise {prefix}.gradient_accumulation_steps, or set it to a divisor of {sequences}"
+            );
+            return refuse("data_parallel_size", message);
         }
         if self.learning_rate == 0.0 {
             return refuse("learning_rate", "learning_rate must be above 0".into());

@@ -1,7 +1,7 @@
-//! One attempt at one job, from claim to settled: prepare, start a trainer, listen to it, let go of the job.
+//! One attempt at one job, from claim to settled: prepare, start the trainers, listen to them, let go of the job.
 //!
 //! Whatever happens ends in one of two ways: the job is settled under the lease's epoch, or the lease is lost and nothing more
-//! is written. The trainer is gone in both.
+//! is written. The trainers are gone in both.
 
 use std::{sync::Arc, time::Duration};
 
@@ -10,7 +10,7 @@ use tokio::time::{Instant, sleep_until, timeout};
 use super::{
     Context,
     devices::Seat,
-    launcher::{self, Trainer},
+    group::Group,
     lease::{self, Lease},
     prepare::{self, retry, with_causes},
     tell,
@@ -18,11 +18,9 @@ use super::{
 use crate::{
     domain::JobStatus,
     store::queue::{Claim, Settlement, Wish, Work},
-    trainer::protocol::{ALIVE_INTERVAL, Report},
+    trainer::protocol::Report,
 };
 
-/// A trainer that says nothing for so long is stuck.
-const SILENCE: Duration = ALIVE_INTERVAL.saturating_mul(15);
 /// How long a trainer whose job was cancelled may take to its next step boundary; nothing of its state is needed.
 const CANCEL_GRACE: Duration = Duration::from_secs(10);
 /// How long one whose job was paused may take to reach a step boundary and write a checkpoint.
@@ -83,35 +81,39 @@ async fn hold(context: &Arc<Context>, claim: &Claim, seat: &Seat, lease: &mut Le
         Ok(run) => run,
         Err(error) => return error.into(),
     };
-    match launcher::start(&context.settings.program, run, lease.deadline.clone()) {
-        Ok(trainer) => Conversation { context, claim, seat, trainer, until: None }.listen(lease).await,
+    match Group::start(context.settings.program.clone(), run, seat.gpus.clone(), lease.deadline.clone()) {
+        Ok(trainers) => {
+            Conversation { context, claim, seat, trainers, sequence_length: None, until: None }.listen(lease).await
+        }
         Err(error) => retry(format!("no trainer could be started: {error}")),
     }
 }
 
-/// A trainer and what was said to it.
+/// The trainers and what was said to them.
 struct Conversation<'a> {
     context: &'a Context,
     claim: &'a Claim,
     seat: &'a Seat,
-    trainer: Trainer,
-    /// Set once it was asked to stop: when it is ended by force.
+    trainers: Group,
+    /// What an inspection settled.
+    sequence_length: Option<u64>,
+    /// Set once they were asked to stop: when they are ended by force.
     until: Option<Instant>,
 }
 
 impl Conversation<'_> {
-    /// Listens until the trainer has said its last word, or cannot be listened to any more.
+    /// Listens until the trainers have said their last word, or are ended.
     async fn listen(mut self, lease: &mut Lease) -> Settlement {
         loop {
             let stopping = self.until.is_some();
             tokio::select! {
                 biased;
                 () = sleep_until(self.until.unwrap_or_else(Instant::now)), if stopping => {
-                    self.trainer.kill().await;
+                    self.trainers.kill().await;
                     return Settlement::Released;
                 }
-                heard = timeout(SILENCE, self.trainer.report()) => {
-                    if let Some(settlement) = self.heard(heard.ok()).await {
+                report = self.trainers.report() => {
+                    if let Some(settlement) = self.heard(report).await {
                         return settlement;
                     }
                 }
@@ -130,38 +132,29 @@ impl Conversation<'_> {
     }
 
     async fn ask_to_stop(&mut self, checkpoint: bool, grace: Duration) {
-        self.trainer.stop(checkpoint).await;
+        self.trainers.stop(checkpoint).await;
         self.until = Some(Instant::now() + grace);
     }
 
-    /// Acts on what came: `None` for silence, an inner `None` for the end of the trainer's output.
-    async fn heard(&mut self, heard: Option<Option<Result<Report, String>>>) -> Option<Settlement> {
-        let report = match heard {
-            None => {
-                self.trainer.kill().await;
-                return Some(retry(format!("the trainer said nothing for {} s and was ended", SILENCE.as_secs())));
-            }
-            Some(None) => return Some(retry(format!("the trainer died: {}", self.trainer.end().await))),
-            Some(Some(Err(garbage))) => {
-                self.trainer.kill().await;
-                return Some(retry(format!("the trainer did not keep to the protocol: {garbage}")));
-            }
-            Some(Some(Ok(report))) => report,
-        };
+    /// Acts on what came.
+    async fn heard(&mut self, report: Report) -> Option<Settlement> {
         match tell::tell(self.context, self.claim, self.seat, &report).await {
             Ok(true) => {}
             Ok(false) => {
                 // The lease's keeper finds out as well, at the latest with its next renewal.
-                self.trainer.kill().await;
+                self.trainers.kill().await;
                 return Some(Settlement::Released);
             }
             Err(error) => {
-                self.trainer.kill().await;
+                self.trainers.kill().await;
                 return Some(retry(format!("a report could not be stored: {}", with_causes(&error))));
             }
         }
+        if let Report::Data { summary } = &report {
+            self.sequence_length = Some(summary.sequence_length);
+        }
         let settlement = self.last_word(report)?;
-        self.trainer.end().await;
+        self.trainers.end().await;
         Some(settlement)
     }
 
@@ -169,7 +162,7 @@ impl Conversation<'_> {
     fn last_word(&self, report: Report) -> Option<Settlement> {
         match report {
             Report::Finished { trained_tokens } => Some(match self.claim.work {
-                Work::Inspect => Settlement::Validated,
+                Work::Inspect => Settlement::Validated { sequence_length: self.sequence_length },
                 Work::Train => Settlement::Succeeded { trained_tokens: Some(trained_tokens) },
             }),
             Report::Stopped { .. } if self.until.is_some() => Some(Settlement::Released),
@@ -177,7 +170,7 @@ impl Conversation<'_> {
                 Some(retry(format!("the trainer stopped at step {step} without being asked to")))
             }
             Report::Refused { error } => Some(Settlement::Failed { error }),
-            Report::Broken { message } => Some(retry(message)),
+            Report::Broken { message, .. } => Some(retry(message)),
             _ => None,
         }
     }

@@ -17,7 +17,8 @@ use super::{Context, Settings};
 use crate::{
     domain::{
         Machine,
-        machine::{DeviceKind, Found, usable},
+        machine::{DeviceKind, Found, alike},
+        run::Ranks,
     },
     store::queue::ANY_DEVICE,
 };
@@ -32,24 +33,34 @@ const MAX_COMPLAINT: u64 = 2000;
 /// What this host can train on.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Devices {
-    cpu: Machine,
-    gpus: Vec<Machine>,
-    /// It had a GPU since the executor started. From then on jobs that take any device wait for the GPU, also while it is
-    /// away: on the CPU they would be refused for their length, or last for ever.
-    had_gpus: bool,
+    pub cpu: Machine,
+    /// By the driver's order.
+    pub gpus: Vec<Machine>,
+    /// The most GPUs that it had since the executor started. From then on jobs that take any device wait for them, also while
+    /// they are away: on the CPU they would be refused for their length, or last for ever.
+    pub had: Vec<Machine>,
 }
 
 /// What one attempt trains on.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Seat {
+    /// All of its devices.
     pub machine: Machine,
-    /// Which GPU, where it is one.
-    pub gpu: usize,
+    /// Which GPUs, by rank; none on the CPU.
+    pub gpus: Vec<usize>,
+    pub ranks: Ranks,
+}
+
+/// Devices that nobody trains on.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub(super) struct Free {
+    pub gpus: Vec<usize>,
+    pub cpu: bool,
 }
 
 impl Devices {
     pub(super) fn without_gpus(cpu: Machine) -> Self {
-        Self { cpu, gpus: Vec::new(), had_gpus: false }
+        Self { cpu, gpus: Vec::new(), had: Vec::new() }
     }
 
     /// Every device, the GPUs first.
@@ -59,33 +70,44 @@ impl Devices {
 
     /// The devices that are free beside trainings in these seats. Trainings on GPUs run beside each other. One on the CPU
     /// runs alone, since it is planned with all of the memory that those on GPUs share.
-    pub(super) fn free(&self, taken: &[Seat]) -> Vec<Seat> {
-        let on = |device: DeviceKind| taken.iter().any(|seat| seat.machine.device == device);
-        if on(DeviceKind::Cpu) {
-            return Vec::new();
+    pub(super) fn free<'a>(&self, taken: impl IntoIterator<Item = &'a Seat>) -> Free {
+        let mut free = Free { gpus: (0..self.gpus.len()).collect(), cpu: true };
+        for seat in taken {
+            match seat.machine.device {
+                DeviceKind::Cpu => return Free::default(),
+                DeviceKind::Cuda => free.gpus.retain(|gpu| !seat.gpus.contains(gpu)),
+            }
+            free.cpu = false;
         }
-        let free = |gpu: &usize| !taken.iter().any(|seat| seat.gpu == *gpu);
-        let gpus = (0..self.gpus.len()).filter(free).map(|gpu| Seat { machine: self.gpus[gpu].clone(), gpu });
-        let cpu = (!on(DeviceKind::Cuda)).then(|| Seat { machine: self.cpu.clone(), gpu: 0 });
-        gpus.chain(cpu).collect()
+        free
     }
 
-    /// What these seats can do for jobs, as [`crate::store::queue::Claimant`] says it.
-    pub(super) fn wishes(&self, seats: &[Seat]) -> Vec<String> {
-        let has = |device: DeviceKind| seats.iter().any(|seat| seat.machine.device == device);
-        let any = has(if self.had_gpus { DeviceKind::Cuda } else { DeviceKind::Cpu });
+    /// What these devices can do for jobs, as [`crate::store::queue::Claimant`] says it.
+    pub(super) fn wishes(&self, free: &Free) -> Vec<String> {
+        let has = |device: DeviceKind| match device {
+            DeviceKind::Cpu => free.cpu,
+            DeviceKind::Cuda => !free.gpus.is_empty(),
+        };
         let mut wishes: Vec<String> =
             DeviceKind::WORDS.into_iter().filter(|(_, device)| has(*device)).map(|(word, _)| word.to_owned()).collect();
-        wishes.extend(any.then(|| ANY_DEVICE.to_owned()));
+        wishes.extend(has(self.kind_for(None)).then(|| ANY_DEVICE.to_owned()));
         wishes
     }
-}
 
-/// The seat for a job that wants this device, or any.
-pub(super) fn seat_for(seats: &[Seat], wanted: Option<DeviceKind>) -> Option<Seat> {
-    let machines: Vec<Machine> = seats.iter().map(|seat| seat.machine.clone()).collect();
-    let machine = usable(&machines, wanted).next()?;
-    seats.iter().find(|seat| seat.machine == *machine).cloned()
+    /// What a job trains on that wants this device, or any.
+    pub(super) fn kind_for(&self, wanted: Option<DeviceKind>) -> DeviceKind {
+        wanted.unwrap_or(if self.had.is_empty() { DeviceKind::Cpu } else { DeviceKind::Cuda })
+    }
+
+    /// Where the data of a job is inspected: for the devices that could train it, of which none is opened.
+    pub(super) fn desk(&self, wanted: Option<DeviceKind>) -> Option<Seat> {
+        let machines = match self.kind_for(wanted) {
+            DeviceKind::Cpu => vec![self.cpu.clone()],
+            DeviceKind::Cuda => alike(&self.gpus, Some(DeviceKind::Cuda)),
+        };
+        let most = machines.into_iter().max_by_key(|machine| machine.device_bytes * machine.all_devices())?;
+        Some(Seat { machine: most, gpus: Vec::new(), ranks: Ranks::ONE })
+    }
 }
 
 /// Looks for GPUs, and remembers what was said about them: nothing is logged twice in a row.
@@ -117,10 +139,13 @@ impl Looker {
             Err(why) => (Vec::new(), Some(why)),
         };
         let gpus: Vec<Machine> = gpus.into_iter().filter(|machine| machine.device == DeviceKind::Cuda).collect();
-        let had_gpus = context.devices.borrow().had_gpus || !gpus.is_empty();
-        self.say(&gpus, without.as_deref(), failed, had_gpus);
+        let mut had = context.devices.borrow().had.clone();
+        if gpus.len() >= had.len() {
+            had.clone_from(&gpus);
+        }
+        self.say(&gpus, without.as_deref(), failed, !had.is_empty());
         context.devices.send_if_modified(|devices| {
-            let new = Devices { cpu: devices.cpu.clone(), gpus, had_gpus };
+            let new = Devices { cpu: devices.cpu.clone(), gpus, had };
             let modified = *devices != new;
             *devices = new;
             modified

@@ -21,8 +21,8 @@ use crate::{
     trainer::protocol::{MAX_LINE_BYTES, Order, Report},
 };
 
-/// Reports read ahead of their handling; then the trainer waits.
-const READ_AHEAD: usize = 16;
+/// Orders and reports that wait for their reader; then the writer waits.
+pub(super) const READ_AHEAD: usize = 16;
 /// Last lines of a trainer's log that are told when it dies.
 const LAST_LINES: usize = 3;
 /// Longest part of a log line that is kept.
@@ -30,12 +30,21 @@ const MAX_LOG_LINE: usize = 2000;
 /// How long a trainer that has said its last word may take to exit.
 const LAST_WORD: Duration = Duration::from_secs(10);
 
-/// A trainer that runs. Dropping it kills it.
+/// What came of a trainer.
+#[derive(Debug)]
+pub(super) enum Said {
+    Report(Report),
+    /// A line that is no report; nothing is read after it.
+    Garbage(String),
+    /// Its output ended.
+    End,
+}
+
+/// A trainer that runs, of the rank that its run names. Dropping it kills it.
 #[derive(Debug)]
 pub(super) struct Trainer {
     child: Child,
     orders: mpsc::Sender<Order>,
-    reports: mpsc::Receiver<Result<Report, String>>,
     log: Arc<Mutex<VecDeque<String>>>,
     tasks: [JoinHandle<()>; 3],
 }
@@ -46,8 +55,14 @@ impl Drop for Trainer {
     }
 }
 
-/// Starts `program train` in the run's work folder, gives it the run, and passes every new deadline of the lease on to it.
-pub(super) fn start(program: &Path, run: RunSpec, deadline: watch::Receiver<Instant>) -> std::io::Result<Trainer> {
+/// Starts `program train` in the run's work folder, gives it the run, and passes every new deadline of the lease on to it. What it
+/// says is told with its rank.
+pub(super) fn start(
+    program: &Path,
+    run: RunSpec,
+    deadline: watch::Receiver<Instant>,
+    tell: mpsc::Sender<(u64, Said)>,
+) -> std::io::Result<Trainer> {
     let mut child = Command::new(program)
         .arg("train")
         .current_dir(&run.work_dir)
@@ -65,42 +80,36 @@ pub(super) fn start(program: &Path, run: RunSpec, deadline: watch::Receiver<Inst
         return Err(std::io::Error::other("a pipe to the trainer is missing"));
     };
     let (orders, order_queue) = mpsc::channel(READ_AHEAD);
-    let (report_queue, reports) = mpsc::channel(READ_AHEAD);
-    let log = Arc::default();
+    let (log, rank) = (Arc::default(), run.place.rank);
     let tasks = [
         tokio::spawn(command(stdin, run.clone(), deadline, order_queue)),
-        tokio::spawn(hear(stdout, report_queue)),
+        tokio::spawn(hear(stdout, rank, tell)),
         tokio::spawn(overhear(stderr, run, Arc::clone(&log))),
     ];
-    Ok(Trainer { child, orders, reports, log, tasks })
+    Ok(Trainer { child, orders, log, tasks })
 }
 
 impl Trainer {
-    /// The next report; what cannot be read is an error, and `None` is the end of the trainer's output.
-    pub(super) async fn report(&mut self) -> Option<Result<Report, String>> {
-        self.reports.recv().await
-    }
-
     /// Asks it to stop at its next step boundary.
     pub(super) async fn stop(&self, checkpoint: bool) {
         // One that does not listen any more is at its end anyway.
         let _ = self.orders.send(Order::Stop { checkpoint }).await;
     }
 
-    /// Ends it now, and waits until it is gone.
-    pub(super) async fn kill(&mut self) {
-        if let Err(error) = self.child.kill().await {
+    /// Ends it now, also where it is stopped; does not wait until it is gone.
+    pub(super) fn kill(&mut self) {
+        if let Err(error) = self.child.start_kill() {
             tracing::warn!(%error, "a trainer could not be killed");
         }
     }
 
-    /// Waits for the exit of one that has closed its output, and says how it ended.
+    /// Waits for the exit of one that was killed or has closed its output, and says how it ended.
     pub(super) async fn end(&mut self) -> String {
         let status = match timeout(LAST_WORD, self.child.wait()).await {
             Ok(Ok(status)) => status.to_string(),
             Ok(Err(error)) => error.to_string(),
             Err(_) => {
-                self.kill().await;
+                self.kill();
                 "it closed its output but did not exit".to_owned()
             }
         };
@@ -148,16 +157,16 @@ async fn line(from: &mut BufReader<impl AsyncRead + Unpin>) -> Result<Option<Vec
     Ok((line.pop() == Some(b'\n')).then_some(line))
 }
 
-async fn hear(stdout: ChildStdout, reports: mpsc::Sender<Result<Report, String>>) {
+async fn hear(stdout: ChildStdout, rank: u64, tell: mpsc::Sender<(u64, Said)>) {
     let mut stdout = BufReader::new(stdout);
     loop {
-        let report = match line(&mut stdout).await {
-            Ok(None) => return,
-            Ok(Some(line)) => serde_json::from_slice(&line).map_err(|error| error.to_string()),
-            Err(error) => Err(error),
+        let said = match line(&mut stdout).await {
+            Ok(None) => Said::End,
+            Ok(Some(line)) => serde_json::from_slice(&line).map_or_else(|e| Said::Garbage(e.to_string()), Said::Report),
+            Err(error) => Said::Garbage(error),
         };
-        let garbage = report.is_err();
-        if reports.send(report).await.is_err() || garbage {
+        let last = !matches!(said, Said::Report(_));
+        if tell.send((rank, said)).await.is_err() || last {
             return;
         }
     }
@@ -169,7 +178,7 @@ async fn overhear(stderr: impl AsyncRead + Unpin, run: RunSpec, last: Arc<Mutex<
     while let Ok(Some(line)) = line(&mut stderr).await {
         let mut line = String::from_utf8_lossy(&line).into_owned();
         line.truncate(line.floor_char_boundary(MAX_LOG_LINE));
-        tracing::info!(job = %run.job, epoch = run.epoch, trainer = line);
+        tracing::info!(job = %run.job, epoch = run.epoch, rank = run.place.rank, trainer = line);
         let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
         last.push_back(line);
         if last.len() > LAST_LINES {

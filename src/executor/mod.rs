@@ -22,14 +22,17 @@ use crate::{
     store::{Store, hosts::NewHost, retention::GARBAGE_AGE},
 };
 
+mod allot;
 mod attempt;
 mod devices;
+mod group;
 pub mod host;
 mod launcher;
 mod lease;
 mod models;
 mod prepare;
 mod tell;
+mod verdict;
 mod work;
 
 /// How often a host shows that it is there.

@@ -9,7 +9,10 @@ use tokio::fs;
 
 use super::{Context, MOST_ATTEMPTS, devices::Seat, models};
 use crate::{
-    domain::{FileId, Invalid, JobId, RunSpec, run::DataFile},
+    domain::{
+        FileId, Invalid, JobId, RunSpec,
+        run::{DataFile, Place},
+    },
     store::{
         self,
         checkpoints::FileSet,
@@ -89,8 +92,11 @@ pub(super) async fn prepare(context: &Context, claim: &Claim, seat: &Seat) -> Re
         training_files,
         validation_files,
         training: claim.training.clone(),
+        sequence_length: claim.sequence_length,
         machine: seat.machine.clone(),
-        gpu: seat.gpu,
+        ranks: seat.ranks,
+        place: Place::first(),
+        gpu: seat.gpus.first().copied().unwrap_or_default(),
         libraries: context.settings.libraries.clone(),
         work_dir,
         resume_from,

@@ -50,6 +50,7 @@ pub(super) async fn tell(context: &Context, claim: &Claim, seat: &Seat, report: 
         Report::Evaluation { evaluation } => insist(|| store.record_evaluation(job, epoch, evaluation)).await,
         Report::Checkpoint { checkpoint } => keep(context, claim, seat, checkpoint).await,
         Report::Alive
+        | Report::Meeting { .. }
         | Report::Finished { .. }
         | Report::Stopped { .. }
         | Report::Refused { .. }

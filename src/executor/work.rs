@@ -1,22 +1,27 @@
 //! Claims what this host's devices can do, and has each claim worked on.
 //!
-//! Inspections are short and go one after another. Trainings go one to a device; which device is chosen with each claim.
+//! Inspections are short and go one after another. Trainings share the devices: which job takes which is settled with each claim.
 
 use std::{collections::HashMap, panic, sync::Arc, time::Duration};
 
 use tokio::{
-    task::{Id, JoinError, JoinSet},
+    task::{Id, JoinError, JoinSet, spawn_blocking},
     time::Instant,
 };
 
 use super::{
-    Context, attempt,
-    devices::{Looker, Seat, seat_for},
+    Context,
+    allot::{self, Situation},
+    attempt,
+    devices::{Looker, Seat},
     models,
 };
 use crate::{
-    domain::machine::DeviceKind,
-    store::queue::{Claim, Claimant, Settlement, Work},
+    domain::{JobId, machine::DeviceKind},
+    store::{
+        Error,
+        queue::{Claim, Claimant, Queued, Settlement, Work},
+    },
 };
 
 /// Pause between two looks for work where no hint comes.
@@ -32,12 +37,11 @@ struct Taken {
     asked: std::time::Instant,
 }
 
-/// Inspects one job's data after another, each for the device that would train it. None is opened for that.
+/// Inspects one job's data after another, each for the devices that could train it. None is opened for that.
 pub(super) async fn inspect(context: Arc<Context>) {
     while !context.stop.is_cancelled() {
         let hinted = context.hints.notified();
-        let seats = context.devices.borrow().free(&[]);
-        if let Some(Taken { claim, seat, asked }) = take(&context, Work::Inspect, &seats).await {
+        if let Some(Taken { claim, seat, asked }) = take_inspection(&context).await {
             attempt::run(&context, &claim, &seat, asked).await;
             continue;
         }
@@ -53,6 +57,7 @@ pub(super) async fn train(context: Arc<Context>, mut looker: Looker) {
     let mut running = JoinSet::new();
     let mut seats: HashMap<Id, Seat> = HashMap::new();
     let mut resting: HashMap<usize, Instant> = HashMap::new();
+    let mut in_vain = None;
     while !context.stop.is_cancelled() {
         let hinted = context.hints.notified();
         let gpus_train = seats.values().any(|seat| seat.machine.device == DeviceKind::Cuda);
@@ -60,11 +65,8 @@ pub(super) async fn train(context: Arc<Context>, mut looker: Looker) {
             looker.look(&context).await;
             resting.clear();
         }
-        let busy: Vec<Seat> = seats.values().cloned().collect();
-        let mut free = context.devices.borrow().free(&busy);
         resting.retain(|_, end| Instant::now() < *end);
-        free.retain(|seat| seat.machine.device == DeviceKind::Cpu || !resting.contains_key(&seat.gpu));
-        if let Some(taken) = take(&context, Work::Train, &free).await {
+        if let Some(taken) = take_training(&context, seats.values(), &resting, &mut in_vain).await {
             let (seat, context) = (taken.seat.clone(), Arc::clone(&context));
             let work = async move { attempt::run(&context, &taken.claim, &taken.seat, taken.asked).await };
             seats.insert(running.spawn(work).id(), seat);
@@ -78,8 +80,8 @@ pub(super) async fn train(context: Arc<Context>, mut looker: Looker) {
                 let seat = seats.remove(&id);
                 if !went_well {
                     looker.doubt();
-                    let gpu = seat.filter(|seat| seat.machine.device == DeviceKind::Cuda).map(|seat| seat.gpu);
-                    resting.extend(gpu.map(|gpu| (gpu, Instant::now() + REST)));
+                    let until = Instant::now() + REST;
+                    resting.extend(seat.into_iter().flat_map(|seat| seat.gpus).map(|gpu| (gpu, until)));
                 }
             }
         }
@@ -94,33 +96,99 @@ fn finished<T>(ended: Result<(Id, T), JoinError>) -> (Id, T) {
     ended.unwrap_or_else(|error| panic::resume_unwind(error.into_panic()))
 }
 
-/// Claims the next work that one of these seats can do, if there is any.
-async fn take(context: &Context, work: Work, seats: &[Seat]) -> Option<Taken> {
-    if seats.is_empty() {
-        return None;
-    }
-    let models: Vec<String> =
-        models::found(&context.settings.models_folder).into_iter().map(|model| model.name).collect();
-    let devices = context.devices.borrow().wishes(seats);
-    let claimant =
-        Claimant { executor: &context.id, lease: context.settings.lease, models: &models, devices: &devices };
-    let asked = std::time::Instant::now();
-    let mut held = context.held.lock().await;
-    let claim = match context.store.claim_job(work, &claimant).await {
-        Ok(claim) => claim?,
-        Err(error) => {
-            tracing::warn!(%error, "no work could be claimed; it is tried again");
-            return None;
-        }
-    };
-    if let Some(seat) = seat_for(seats, claim.training.wanted_device()) {
-        held.push(claim.job.clone());
+/// Claims the next job whose data this host can inspect, if there is any.
+async fn take_inspection(context: &Context) -> Option<Taken> {
+    let devices = context.devices.borrow().clone();
+    let wishes = devices.wishes(&devices.free([]));
+    let (claim, asked) = claim(context, Work::Inspect, &wishes, None).await?;
+    if let Some(seat) = devices.desk(claim.training.wanted_device()) {
         return Some(Taken { claim, seat, asked });
     }
-    // The wishes were those of these seats, so this is a job of a newer version's making.
+    // The wishes were those of these devices, so this is a job of a newer version's making.
     tracing::error!(job = %claim.job, "a claim that no device here can work on; it is given back");
+    context.held.lock().await.retain(|job| *job != claim.job);
     if let Err(error) = context.store.settle_job(&claim.job, claim.epoch, &Settlement::Released).await {
         tracing::warn!(job = %claim.job, %error, "the claim was not given back; its lease runs out");
     }
     None
+}
+
+/// Claims the next job that can train beside those in these seats, if there is any. What was looked through `in_vain` is not looked
+/// through again.
+async fn take_training(
+    context: &Context,
+    seats: impl Iterator<Item = &Seat>,
+    resting: &HashMap<usize, Instant>,
+    in_vain: &mut Option<(Situation, Vec<Queued>)>,
+) -> Option<Taken> {
+    let devices = context.devices.borrow().clone();
+    let mut free = devices.free(seats);
+    free.gpus.retain(|gpu| !resting.contains_key(gpu));
+    let wishes = devices.wishes(&free);
+    if wishes.is_empty() {
+        return None;
+    }
+    let models = models::found(&context.settings.models_folder);
+    let names: Vec<String> = models.iter().map(|model| model.name.clone()).collect();
+    let looked = async {
+        let by = claimant(context, &names, &wishes, None);
+        let queued = context.store.queued_jobs(&by).await?;
+        let hosts = if queued.is_empty() { Vec::new() } else { context.store.live_hosts().await? };
+        Ok::<_, Error>((queued, hosts))
+    };
+    let (queued, hosts) =
+        looked.await.map_err(|error| tracing::warn!(%error, "no work could be looked for; it is tried again")).ok()?;
+    let hosts = hosts.into_iter().filter(|host| host.executor != context.id).map(|host| (host.machines, host.models));
+    let mut resting: Vec<usize> = resting.keys().copied().collect();
+    resting.sort_unstable();
+    let situation = Situation { devices, free, resting, models, hosts: hosts.collect() };
+    if queued.is_empty() || in_vain.as_ref().is_some_and(|(old, jobs)| *old == situation && *jobs == queued) {
+        return None;
+    }
+    // Planning is arithmetic, but a good deal of it.
+    let choose = move || (allot::next(&situation, &queued), situation, queued);
+    let (chosen, situation, queued) =
+        spawn_blocking(choose).await.unwrap_or_else(|error| panic::resume_unwind(error.into_panic()));
+    let Some((place, seat)) = chosen else {
+        *in_vain = Some((situation, queued));
+        return None;
+    };
+    let (claim, asked) = claim(context, Work::Train, &wishes, Some(&queued[place].job)).await?;
+    Some(Taken { claim, seat, asked })
+}
+
+/// Claims a job, and says when it was asked for.
+async fn claim(
+    context: &Context,
+    work: Work,
+    wishes: &[String],
+    only: Option<&JobId>,
+) -> Option<(Claim, std::time::Instant)> {
+    if wishes.is_empty() {
+        return None;
+    }
+    let models: Vec<String> =
+        models::found(&context.settings.models_folder).into_iter().map(|model| model.name).collect();
+    let asked = std::time::Instant::now();
+    let mut held = context.held.lock().await;
+    match context.store.claim_job(work, &claimant(context, &models, wishes, only)).await {
+        Ok(claim) => {
+            let claim = claim?;
+            held.push(claim.job.clone());
+            Some((claim, asked))
+        }
+        Err(error) => {
+            tracing::warn!(%error, "no work could be claimed; it is tried again");
+            None
+        }
+    }
+}
+
+fn claimant<'a>(
+    context: &'a Context,
+    models: &'a [String],
+    devices: &'a [String],
+    only: Option<&'a JobId>,
+) -> Claimant<'a> {
+    Claimant { executor: &context.id, lease: context.settings.lease, models, devices, only }
 }

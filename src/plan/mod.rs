@@ -6,6 +6,7 @@
 
 mod choices;
 pub mod cost;
+pub mod devices;
 pub mod layout;
 pub mod ranks;
 pub mod search;
@@ -16,8 +17,9 @@ pub mod workspace;
 
 use serde::{Deserialize, Serialize};
 
+pub use crate::domain::run::Ranks;
 use crate::domain::{
-    Invalid, Machine, ModelConfig,
+    Invalid, Machine, ModelConfig, TrainingSpec,
     machine::DeviceKind,
     training::{Moments, Precision},
 };
@@ -48,6 +50,8 @@ pub struct Forced {
     pub ranks: Option<Ranks>,
     /// Ranks that share a sequence, the number of replicas being free; [`ranks::check`] tells whether there are so many.
     pub sequence_ranks: Option<u64>,
+    /// Replicas, which divide the step's sequences, the number of ranks that share one being free.
+    pub replicas: Option<u32>,
     pub chunk_tokens: Option<u64>,
     pub checkpoint_slots: Option<u64>,
     pub place: Option<Place>,
@@ -84,23 +88,6 @@ pub enum Gradients {
     Wide,
     /// Summed in the wide type over one layer at a time, then rounded to storage: half the memory. One micro-batch only.
     Storage,
-}
-
-/// How the ranks of a run are arranged: `data` replicas, each of `sequence` ranks that share one sequence.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Ranks {
-    pub sequence: u64,
-    pub data: u64,
-}
-
-impl Ranks {
-    /// One rank.
-    pub const ONE: Self = Self { sequence: 1, data: 1 };
-
-    /// All of them; weights, gradients and states are dealt to so many (ZeRO-3).
-    pub fn world(self) -> u64 {
-        self.sequence * self.data
-    }
 }
 
 /// Bytes of an element of storage type and of the type of sums.
@@ -252,7 +239,22 @@ impl From<Refusal> for Invalid {
     }
 }
 
-impl Request<'_> {
+impl<'a> Request<'a> {
+    /// A job on this machine, with sequences of so many tokens: ranks as it asks for them.
+    pub fn of(model: &'a ModelConfig, job: &TrainingSpec, machine: &'a Machine, tokens: u64) -> Self {
+        let (sequence, data) = (job.sequence_parallel_size.map(u64::from), job.data_parallel_size);
+        let ranks = sequence.zip(data).map(|(sequence, data)| Ranks { sequence, data: data.into() });
+        Self {
+            model,
+            precision: job.precision_on(machine.device),
+            moments: job.moments,
+            tokens,
+            micro_batches: job.gradient_accumulation_steps.into(),
+            machine,
+            forced: Forced { ranks, sequence_ranks: sequence, replicas: data, ..Forced::default() },
+        }
+    }
+
     /// The ranks that a plan is made for, once they are chosen.
     pub fn ranks(&self) -> Ranks {
         self.forced.ranks.unwrap_or(Ranks::ONE)
@@ -277,4 +279,9 @@ pub fn plan(request: &Request) -> Result<Plan, Refusal> {
 /// The longest sequence that this machine carries for this model, in tokens; 0 when none.
 pub fn longest(request: &Request) -> u64 {
     search::longest(request).0
+}
+
+/// The ranks that carry it.
+pub fn longest_ranks(request: &Request) -> Ranks {
+    search::longest(request).1
 }

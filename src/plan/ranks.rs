@@ -15,15 +15,17 @@ pub(super) fn arrangements(request: &Request) -> Vec<Ranks> {
     if let Some(ranks) = request.forced.ranks {
         return vec![ranks];
     }
-    let devices = devices(request.machine, request.forced.sequence_ranks);
-    let mut sizes = group_sizes(request.model, devices);
+    let least = request.forced.replicas.map_or(1, u64::from);
+    let devices = devices(request.machine, request.forced.sequence_ranks.map_or(least, |wish| wish * least));
+    let mut sizes = group_sizes(request.model, devices / least);
     if let Some(wish) = request.forced.sequence_ranks {
         let nearest = sizes.iter().copied().filter(|size| *size <= wish).max().unwrap_or(1);
         sizes = vec![nearest];
     }
     let replicas = |sequence: u64| {
-        let most = (devices / sequence).min(request.micro_batches);
-        (1..=most.max(1)).filter(move |data| request.micro_batches.is_multiple_of(*data))
+        let most = (devices / sequence).min(request.micro_batches).max(1);
+        let numbers = request.forced.replicas.map_or(1..=most, |wish| wish.into()..=wish.into());
+        numbers.filter(move |data| request.micro_batches.is_multiple_of(*data))
     };
     let of_size = |sequence: u64| replicas(sequence).map(move |data| Ranks { sequence, data });
     let mut all: Vec<Ranks> = sizes.into_iter().flat_map(of_size).collect();
@@ -34,7 +36,7 @@ pub(super) fn arrangements(request: &Request) -> Vec<Ranks> {
 /// Refuses a wish for so many ranks to a sequence that the model's heads or the machine's devices do not allow. A plan takes
 /// the next smaller size in its place.
 pub fn check(param: &str, wish: u64, model: &ModelConfig, machine: &Machine) -> Result<(), Invalid> {
-    let devices = devices(machine, Some(wish));
+    let devices = devices(machine, wish);
     let sizes = group_sizes(model, devices);
     if sizes.contains(&wish) {
         return Ok(());
@@ -67,10 +69,10 @@ fn group_sizes(model: &ModelConfig, devices: u64) -> Vec<u64> {
     heads::group_sizes(model.n_heads).into_iter().filter(|size| *size <= devices.max(1)).collect()
 }
 
-/// Devices that a plan may take. On the CPU ranks are threads, as many as are wished for.
-fn devices(machine: &Machine, wish: Option<u64>) -> u64 {
+/// Devices that a plan may take. On the CPU ranks share the cores, as many as are wished for.
+fn devices(machine: &Machine, wish: u64) -> u64 {
     match machine.device {
-        DeviceKind::Cpu => machine.all_devices().max(wish.unwrap_or(1)),
+        DeviceKind::Cpu => machine.all_devices().max(wish),
         DeviceKind::Cuda => machine.all_devices(),
     }
 }

@@ -15,7 +15,12 @@ const LENGTH_STEP: u64 = 128;
 
 /// The fastest plan that fits, if any does; of equals the one with most ranks.
 pub fn fastest(request: &Request) -> Option<Plan> {
-    let plans = ranks::arrangements(request).into_iter().filter_map(|ranks| fastest_of(&arranged(request, ranks)));
+    fastest_among(request, ranks::arrangements(request))
+}
+
+/// The fastest plan with one of these arrangements.
+pub(super) fn fastest_among(request: &Request, arrangements: impl IntoIterator<Item = Ranks>) -> Option<Plan> {
+    let plans = arrangements.into_iter().filter_map(|ranks| fastest_of(&arranged(request, ranks)));
     plans.min_by(|a, b| a.optimizer_step_seconds.total_cmp(&b.optimizer_step_seconds))
 }
 

@@ -19,6 +19,8 @@ const MODEL_PATIENCE: Duration = Duration::from_mins(5);
 const FIRST_BACK_OFF: Duration = Duration::from_secs(2);
 /// Longest pause between two attempts.
 const LONGEST_BACK_OFF: Duration = Duration::from_mins(5);
+/// Jobs that are looked through for the next to train.
+const MOST_QUEUED: i64 = 50;
 /// Leases reaped by one statement.
 const REAP_BATCH: i64 = 100;
 /// The wish of a job that takes any device.
@@ -53,6 +55,18 @@ pub struct Claimant<'a> {
     /// What it has for the wishes of jobs: `cpu`, `cuda`, and [`ANY_DEVICE`] for those that
     /// [`TrainingSpec::wanted_device`] leaves open.
     pub devices: &'a [String],
+    /// The one job to take, where it was chosen among [`Store::queued_jobs`].
+    pub only: Option<&'a JobId>,
+}
+
+/// A job that waits for training.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Queued {
+    pub job: JobId,
+    pub model: String,
+    pub training: TrainingSpec,
+    /// What the validation settled.
+    pub sequence_length: Option<u64>,
 }
 
 /// A job, held.
@@ -68,13 +82,15 @@ pub struct Claim {
     pub training_files: Vec<FileId>,
     pub validation_files: Vec<FileId>,
     pub training: TrainingSpec,
+    /// Tokens of a sequence, as the validation settled them; none before it.
+    pub sequence_length: Option<u64>,
 }
 
 /// How a holder lets go of a job.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Settlement {
-    /// The data can be trained on: the job queues.
-    Validated,
+    /// The data can be trained on, in sequences of so many tokens: the job queues.
+    Validated { sequence_length: Option<u64> },
     /// The last checkpoint is recorded.
     Succeeded { trained_tokens: Option<u64> },
     /// It cannot be done, and trying again would not help.
@@ -97,9 +113,32 @@ struct Row {
     training_files: Vec<String>,
     validation_files: Vec<String>,
     training: Json<TrainingSpec>,
+    sequence_length: Option<i64>,
 }
 
 impl Store {
+    /// Jobs that wait for training and that the claimant can do, the next first; not more than somebody would look through.
+    pub async fn queued_jobs(&self, by: &Claimant<'_>) -> Result<Vec<Queued>, Error> {
+        let rows = sqlx::query!(
+            r#"SELECT id, model, training AS "training: Json<TrainingSpec>", sequence_length FROM jobs
+               WHERE status = 'queued' AND run_after <= now() AND model = ANY ($2)
+                    AND coalesce(training ->> 'device', CASE training ->> 'precision' WHEN 'f32' THEN 'cpu' END, 'any')
+                        = ANY ($1)
+               ORDER BY priority DESC, seq LIMIT $3"#,
+            by.devices,
+            by.models,
+            MOST_QUEUED,
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let queued = rows.into_iter().map(|row| {
+            let sequence_length = row.sequence_length.map(|tokens| tokens as u64);
+            let (job, training) = (super::stored_id(&row.id)?, row.training.0);
+            Ok(Queued { job, model: row.model, training, sequence_length })
+        });
+        queued.collect()
+    }
+
     /// Takes the next job of this kind that the claimant can do, if there is one. Attempts count one more.
     pub async fn claim_job(&self, work: Work, by: &Claimant<'_>) -> Result<Option<Claim>, Error> {
         let row = sqlx::query_as!(
@@ -113,13 +152,14 @@ impl Store {
                     AND (model = ANY ($3) OR $1 AND created_at < now() - make_interval(secs => $4) AND NOT EXISTS (
                         SELECT 1 FROM hosts WHERE seen_at > now() - make_interval(secs => $5)
                             AND models @> jsonb_build_array(jsonb_build_object('name', jobs.model))))
+                    AND id = coalesce($8, id)
                 ORDER BY priority DESC, seq LIMIT 1 FOR UPDATE SKIP LOCKED)
                UPDATE jobs SET status = CASE WHEN $1 THEN status ELSE 'running' END, epoch = epoch + 1,
                     attempts = attempts + 1, lease_owner = $6, lease_until = now() + make_interval(secs => $7),
                     started_at = CASE WHEN $1 THEN started_at ELSE coalesce(started_at, now()) END
                FROM next WHERE jobs.id = next.id
                RETURNING jobs.id, epoch, attempts, model, training_files, validation_files,
-                    training AS "training: Json<TrainingSpec>""#,
+                    training AS "training: Json<TrainingSpec>", sequence_length"#,
             work == Work::Inspect,
             by.devices,
             by.models,
@@ -127,6 +167,7 @@ impl Store {
             super::hosts::HOST_LIFE.as_secs_f64(),
             by.executor.as_str(),
             by.lease.as_secs_f64(),
+            by.only.map(JobId::as_str),
         )
         .fetch_optional(&self.pool)
         .await?;
@@ -154,7 +195,7 @@ impl Store {
     /// Ends the holder's hold. False when the lease was no longer its own; then nothing changed.
     pub async fn settle_job(&self, job: &JobId, epoch: i64, settlement: &Settlement) -> Result<bool, Error> {
         match settlement {
-            Settlement::Validated => self.settle_validated(job, epoch).await,
+            Settlement::Validated { sequence_length } => self.settle_validated(job, epoch, *sequence_length).await,
             Settlement::Succeeded { trained_tokens } => self.settle_succeeded(job, epoch, *trained_tokens).await,
             Settlement::Failed { error } => self.settle_failed(job, epoch, &customer_error(error)).await,
             Settlement::Retry { most_attempts, error } => self.settle_retry(job, epoch, *most_attempts, error).await,
@@ -197,14 +238,15 @@ impl Store {
         Ok(Hints(listener))
     }
 
-    async fn settle_validated(&self, job: &JobId, epoch: i64) -> Result<bool, Error> {
+    async fn settle_validated(&self, job: &JobId, epoch: i64, tokens: Option<u64>) -> Result<bool, Error> {
         let done = sqlx::query!(
-            "UPDATE jobs SET lease_owner = NULL, lease_until = NULL, wanted = NULL, attempts = 0,
+            "UPDATE jobs SET lease_owner = NULL, lease_until = NULL, wanted = NULL, attempts = 0, sequence_length = $3,
                 status = CASE wanted WHEN 'cancel' THEN 'cancelled' WHEN 'pause' THEN 'paused' ELSE 'queued' END::job_status,
                 finished_at = CASE wanted WHEN 'cancel' THEN now() END
              WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL AND status = 'validating_files'",
             job.as_str(),
             epoch,
+            tokens.map(|tokens| tokens as i64),
         );
         Ok(done.execute(&self.pool).await?.rows_affected() == 1)
     }
@@ -298,6 +340,7 @@ impl Row {
             training_files: files(self.training_files)?,
             validation_files: files(self.validation_files)?,
             training: self.training.0,
+            sequence_length: self.sequence_length.map(|tokens| tokens as u64),
         })
     }
 }

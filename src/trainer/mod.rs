@@ -70,7 +70,7 @@ fn failure(error: &engine::Error) -> Report {
         | engine::Error::OutOfMemory { .. }
         | engine::Error::Device { .. }
         | engine::Error::Missing(_)
-        | engine::Error::PeerLost { .. }
-        | engine::Error::Rendezvous(_) => Report::Broken { message: error.to_string() },
+        | engine::Error::Rendezvous(_) => Report::Broken { message: error.to_string(), lost: None },
+        engine::Error::PeerLost { rank, .. } => Report::Broken { message: error.to_string(), lost: Some(*rank as u64) },
     }
 }

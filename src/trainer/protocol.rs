@@ -1,4 +1,5 @@
-//! Lines in, lines out: the only thing an executor and its trainer agree on.
+//! Lines in, lines out: the only thing an executor and its trainers agree on. A run of several ranks has a trainer for each; rank
+//! 0 speaks for all, and of the others only how they ended counts.
 //!
 //! JSON, one message a line. The executor writes [`Order`]s to the trainer's standard input, the trainer writes
 //! [`Report`]s to its standard output; standard error is the trainer's log. End of file on standard input is the
@@ -36,6 +37,8 @@ pub enum Order {
 pub enum Report {
     /// The process runs. Sent on its own beside everything else.
     Alive,
+    /// Rank 0 of several listens for the others at this address.
+    Meeting { address: String },
     /// Something the customer should read.
     Event { event: Event },
     /// The data set was read; sent once, before the first step.
@@ -52,6 +55,10 @@ pub enum Report {
     Stopped { step: u64 },
     /// The run cannot go on and running it again would not help: the customer's input is at fault.
     Refused { error: Invalid },
-    /// The run cannot go on; another try may help (full disk, lost device).
-    Broken { message: String },
+    /// The run cannot go on; another try may help (full disk, lost device). `lost` is the rank whose end this one only follows.
+    Broken {
+        message: String,
+        #[serde(default)]
+        lost: Option<u64>,
+    },
 }

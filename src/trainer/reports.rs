@@ -53,6 +53,10 @@ pub(super) struct Teller {
 }
 
 impl Observer for Teller {
+    fn meeting(&mut self, address: &str) {
+        self.reports.send(&Report::Meeting { address: address.to_owned() });
+    }
+
     fn event(&mut self, event: Event) {
         self.reports.send(&Report::Event { event });
     }

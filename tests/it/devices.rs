@@ -39,6 +39,7 @@ esac
 job=$(printf '%s' "$order" | sed 's/.*"job":"\([^"]*\)".*/\1/')
 printf '%s' "$order" > part.$$
 mv part.$$ orders/$$
+echo '{"report":"meeting","address":"127.0.0.1:1"}'
 if [ -e broken ]; then echo '{"report":"broken","message":"the device was lost"}'; exit; fi
 while [ ! -e "end/$job" ]; do echo '{"report":"alive"}'; sleep 0.1; done
 echo '{"report":"refused","error":{"param":"training_file","message":"enough","code":"enough"}}'
@@ -180,7 +181,10 @@ async fn each_gpu_trains_one_job_and_the_cpu_trains_alone() {
     host.start();
     host.publishes(&[Cuda, Cuda, Cpu]).await;
     let mut jobs = Vec::new();
-    for training in [json!({}), json!({"device": "cuda"}), json!({"precision": "bf16"}), json!({"precision": "f32"})] {
+    for mut training in
+        [json!({}), json!({"device": "cuda"}), json!({"precision": "bf16"}), json!({"precision": "f32"})]
+    {
+        training["sequence_parallel_size"] = json!(1);
         jobs.push(host.job(training).await);
     }
     let first = host.ordered(2).await;
@@ -212,6 +216,51 @@ async fn each_gpu_trains_one_job_and_the_cpu_trains_alone() {
     assert_eq!(last.1["machine"]["device"], "cpu", "f32 is for the CPU");
     fs::write(host.file("end").join(&jobs[3]), "").unwrap();
     host.ends(&jobs[3]).await;
+    host.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_job_on_several_gpus_is_a_trainer_for_each() {
+    use DeviceKind::{Cpu, Cuda};
+    let mut host = Host::new("group").await;
+    let other = Machine { device_name: "Other".into(), ..gpu(GIB) };
+    host.has(&[gpu(GIB), other, gpu(GIB), gpu(GIB)]);
+    host.start();
+    host.publishes(&[Cuda, Cuda, Cuda, Cuda, Cpu]).await;
+    let sizes = |sequence: u32, data: u32| json!({"sequence_parallel_size": sequence, "data_parallel_size": data, "gradient_accumulation_steps": 2});
+    let first = host.job(sizes(2, 1)).await;
+    let of = |orders: &[(String, Value)], job: &str| -> Vec<Value> {
+        let mut runs: Vec<Value> = orders.iter().filter(|(id, _)| id == job).map(|(_, run)| run.clone()).collect();
+        runs.sort_by_key(|run| run["place"]["rank"].as_u64());
+        runs
+    };
+    let runs = of(&host.ordered(2).await, &first);
+    let places: Vec<_> =
+        runs.iter().map(|run| (&run["place"]["rank"], &run["gpu"], &run["place"]["address"])).collect();
+    let (zero, one, two, start, address) = (json!(0), json!(1), json!(2), json!("127.0.0.1:0"), json!("127.0.0.1:1"));
+    assert_eq!(places, [(&zero, &zero, &start), (&one, &two, &address)], "of one kind, the second after the first");
+    assert_eq!(runs[0]["place"]["token"], runs[1]["place"]["token"]);
+    assert!(runs[0]["place"]["token"].as_str().is_some_and(|token| token.len() > 20));
+    for run in &runs {
+        assert_eq!(run["ranks"], json!({"sequence": 2, "data": 1}));
+        assert_eq!((&run["machine"]["n_devices"], &run["machine"]["host_bytes"]), (&json!(2), &json!(2 * GIB)));
+    }
+    // Two of a kind are not free, and the third job does not pass the second.
+    let (second, third) = (host.job(sizes(1, 2)).await, host.job(sizes(1, 1)).await);
+    a_while().await;
+    host.ordered(2).await;
+    fs::write(host.file("end").join(&first), "").unwrap();
+    assert_eq!(host.ends(&first).await["error"]["code"], "enough");
+    let orders = host.ordered(5).await;
+    let gpus: Vec<Value> = of(&orders, &second).iter().map(|run| run["gpu"].clone()).collect();
+    assert_eq!(gpus, [0, 2]);
+    let token = |job: &str| of(&orders, job)[0]["place"]["token"].clone();
+    assert_ne!(token(&first), token(&second), "each attempt has a secret of its own");
+    assert!([json!(1), json!(3)].contains(&of(&orders, &third)[0]["gpu"]));
+    for job in [&second, &third] {
+        fs::write(host.file("end").join(job), "").unwrap();
+        host.ends(job).await;
+    }
     host.stop().await;
 }
 

@@ -3,12 +3,14 @@
 use longhaul::{
     bench::shapes,
     domain::{
-        JobRequest, TrainingSpec,
+        JobRequest, Machine, TrainingSpec,
         machine::DeviceKind,
         training::{LongDocuments, Moments, Precision, Schedule},
     },
 };
 use serde_json::{Value, json};
+
+use crate::support::model::{gpu, machine};
 
 /// A body that is in order, with `changes` laid over it. A change of null removes nothing: null is absence.
 fn body(changes: Value) -> Value {
@@ -41,7 +43,7 @@ fn every_field_of_training_arrives() {
         "gradient_accumulation_steps": 3, "learning_rate": 2e-4, "schedule": "linear", "warmup_steps": 5,
         "min_lr_ratio": 0.0, "weight_decay": 0.0, "beta1": 0.8, "beta2": 0.99, "epsilon": 1e-6, "max_grad_norm": 0,
         "checkpoint_interval": 2, "seed": 42, "precision": "bf16", "moments": "bf16",
-        "sequence_parallel_size": 4, "device": "cpu",
+        "sequence_parallel_size": 4, "data_parallel_size": 3, "device": "cpu",
     }));
     let expected = TrainingSpec {
         sequence_length: Some(4096),
@@ -64,7 +66,8 @@ fn every_field_of_training_arrives() {
         seed: 42,
         precision: Some(Precision::Bf16),
         moments: Moments::Bf16,
-        sequence_parallel_size: 4,
+        sequence_parallel_size: Some(4),
+        data_parallel_size: Some(3),
         device: Some(DeviceKind::Cpu),
     };
     assert_eq!(spec, expected);
@@ -128,6 +131,7 @@ fn impossible_numbers_are_refused_in_every_field_of_training() {
         "max_steps",
         "gradient_accumulation_steps",
         "sequence_parallel_size",
+        "data_parallel_size",
         "warmup_steps",
         "checkpoint_interval",
         "evaluation_interval",
@@ -149,6 +153,7 @@ fn impossible_numbers_are_refused_in_every_field_of_training() {
         "max_steps",
         "gradient_accumulation_steps",
         "sequence_parallel_size",
+        "data_parallel_size",
         "checkpoint_interval",
         "evaluation_interval",
         "learning_rate",
@@ -162,6 +167,9 @@ fn impossible_numbers_are_refused_in_every_field_of_training() {
         ("n_epochs", json!(1001)),
         ("gradient_accumulation_steps", json!(65_537)),
         ("sequence_parallel_size", json!(129)),
+        ("data_parallel_size", json!(1025)),
+        // A step of one sequence has nothing for a second replica.
+        ("data_parallel_size", json!(2)),
         ("seed", json!(2_147_483_648u64)),
         ("learning_rate", json!(10.1)),
         ("min_lr_ratio", json!(1.01)),
@@ -209,36 +217,67 @@ fn precision_and_device_must_go_together() {
 }
 
 #[test]
-fn ranks_must_divide_the_heads_and_stay_off_gpus() {
+fn ranks_must_divide_the_heads_and_replicas_the_sequences() {
     let read = |training: Value| JobRequest::read(&body(json!({"training": training})));
-    let refused = read(json!({"sequence_parallel_size": 2, "device": "cuda"})).expect_err("one rank a GPU");
-    assert_eq!(refused.param, "training.sequence_parallel_size");
-    assert!(refused.message.contains("set training.device to cpu"), "{refused}");
-    assert!(read(json!({"sequence_parallel_size": 1, "device": "cuda"})).is_ok());
-
     let model = shapes::named("llama-3.1-8b").unwrap();
-    for (size, device, names) in [
-        (3, DeviceKind::Cpu, Some("32 query heads of the model: one of 1, 2, 4, 8, 16, 32, not 3")),
-        (64, DeviceKind::Cpu, Some("not 64")),
-        (4, DeviceKind::Cuda, Some("must be 1 on a GPU")),
-        (1, DeviceKind::Cuda, None),
-        (32, DeviceKind::Cpu, None),
+    for (size, names) in [
+        (3, Some("32 query heads of the model: one of 1, 2, 4, 8, 16, 32, not 3")),
+        (64, Some("not 64")),
+        (1, None),
+        (32, None),
     ] {
-        let spec = read(json!({"sequence_parallel_size": size})).unwrap().training;
-        let refused = spec.check_ranks(&model, device).err();
-        assert_eq!(refused.is_some(), names.is_some(), "{size} on {device:?}");
+        let spec = read(json!({"sequence_parallel_size": size, "device": "cuda"})).unwrap().training;
+        let refused = spec.check_ranks(&model).err();
+        assert_eq!(refused.is_some(), names.is_some(), "{size}");
         if let (Some(refused), Some(names)) = (refused, names) {
             assert_eq!(refused.param, "training.sequence_parallel_size");
             assert!(refused.message.contains(names), "{refused}");
         }
     }
+    let replicas = |n: u32, of: u32| read(json!({"data_parallel_size": n, "gradient_accumulation_steps": of}));
+    for (n, of) in [(1, 1), (2, 4), (4, 4), (3, 6)] {
+        assert_eq!(replicas(n, of).unwrap().training.data_parallel_size, Some(n));
+    }
+    for (n, of) in [(3, 4), (8, 4), (2, 1)] {
+        let refused = replicas(n, of).expect_err("replicas take equal shares");
+        assert_eq!(refused.param, "training.data_parallel_size");
+        assert!(refused.message.contains("gradient_accumulation_steps"), "{refused}");
+    }
 }
 
-/// Jobs that were made before the field was.
+/// Each rank has a GPU; on the CPU they share the cores.
 #[test]
-fn a_stored_job_without_ranks_has_one() {
+fn no_more_ranks_are_taken_than_there_are_gpus() {
+    let model = shapes::named("llama-3.1-8b").unwrap();
+    let two = Machine { n_devices: 2, ..gpu(1 << 30) };
+    let spec = |sequence_parallel_size, data_parallel_size| TrainingSpec {
+        sequence_parallel_size,
+        data_parallel_size,
+        gradient_accumulation_steps: 4,
+        ..TrainingSpec::default()
+    };
+    for (sequence, data) in [(None, None), (Some(2), None), (None, Some(2)), (Some(1), Some(2))] {
+        assert_eq!(spec(sequence, data).check_devices(&model, &two), Ok(()), "{sequence:?} x {data:?}");
+    }
+    for (sequence, data, param, names) in [
+        (Some(4), None, "sequence_parallel_size", "4 are asked for, and 2 of a kind are there: take one of 1, 2,"),
+        (Some(2), Some(2), "sequence_parallel_size", "take one of 1,"),
+        (None, Some(4), "data_parallel_size", "take one of 1, 2,"),
+    ] {
+        let refused = spec(sequence, data).check_devices(&model, &two).unwrap_err();
+        assert_eq!(refused.param, format!("training.{param}"));
+        assert!(refused.message.contains(names), "{refused}");
+        assert_eq!(spec(sequence, data).check_devices(&model, &machine(1 << 30)), Ok(()), "the CPU has cores");
+    }
+}
+
+/// Jobs that were made before the fields were.
+#[test]
+fn a_stored_job_without_ranks_leaves_them_open() {
     let mut stored = serde_json::to_value(TrainingSpec::default()).unwrap();
-    assert_eq!(stored.as_object_mut().unwrap().remove("sequence_parallel_size"), Some(json!(1)));
+    for field in ["sequence_parallel_size", "data_parallel_size"] {
+        assert_eq!(stored.as_object_mut().unwrap().remove(field), Some(Value::Null));
+    }
     assert_eq!(serde_json::from_value::<TrainingSpec>(stored).unwrap(), TrainingSpec::default());
 }
 

@@ -1,5 +1,7 @@
 //! The whole road with the real binary: upload, train, download; and whoever is killed on the way, the same weights.
 
+mod ranks;
+
 use std::{fs, path::Path};
 
 use longhaul::{
@@ -18,7 +20,7 @@ use crate::support::{
 const STEPS: u64 = 24;
 
 /// Makes the model and uploads a document; gives the body of a job.
-fn prepare(server: &Server) -> Value {
+pub fn prepare(server: &Server) -> Value {
     let document = server.folder.join("document.txt");
     let text: String =
         (0..400).map(|i| format!("Line {i}: {} green bottles on the wall.\n", (i * 7919) % 100)).collect();
@@ -44,7 +46,7 @@ fn prepare(server: &Server) -> Value {
     })
 }
 
-fn create(server: &Server, body: &Value) -> String {
+pub fn create(server: &Server, body: &Value) -> String {
     let job = until("the model to be published", || {
         server.client.post_again("/v1/fine_tuning/jobs", body, &longhaul::domain::ids::random_suffix()).ok()
     });
@@ -52,7 +54,7 @@ fn create(server: &Server, body: &Value) -> String {
 }
 
 /// Files of the job's last checkpoint by name, with what is downloaded for each checked against its digest.
-fn result(server: &Server, job: &str) -> Vec<(String, String)> {
+pub fn result(server: &Server, job: &str) -> Vec<(String, String)> {
     let ended = server.ends(job);
     assert_eq!(ended["status"], "succeeded", "{ended}\n{}", server.process.log());
     let list = format!("/v1/fine_tuning/jobs/{job}/checkpoints");

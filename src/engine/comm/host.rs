@@ -83,7 +83,7 @@ impl<T: Transport> HostComm<T> {
     }
 
     /// What every rank gives, of any length, in the order of ranks.
-    pub(super) fn gather_bytes(&mut self, own: Vec<u8>) -> Result<Vec<Message>> {
+    pub fn gather_bytes(&mut self, own: Vec<u8>) -> Result<Vec<Message>> {
         let own: Message = Arc::new(own);
         for to in self.others() {
             self.send(to, Arc::clone(&own))?;

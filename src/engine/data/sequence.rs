@@ -84,12 +84,18 @@ impl Dataset {
 impl Sequence {
     /// Lengthens it to a multiple of so many tokens, by a document that nobody learns from.
     pub fn pad(&mut self, multiple: u64) {
-        let start = self.ids.len();
-        let end = start.next_multiple_of(multiple as usize);
-        if end > start {
+        let tokens = self.ids.len() as u64;
+        self.append_padding(tokens.next_multiple_of(multiple) - tokens);
+    }
+
+    /// Appends such a document of so many tokens.
+    pub fn append_padding(&mut self, tokens: u64) {
+        if tokens > 0 {
+            let start = self.ids.len();
+            let end = start + tokens as usize;
             self.ids.resize(end, 0);
             self.labels.resize(end, IGNORED);
-            self.positions.extend(0..(end - start) as i32);
+            self.positions.extend(0..tokens as i32);
             self.documents.push(start as u64..end as u64);
         }
     }

@@ -12,6 +12,7 @@ use crate::{
     domain::{
         ModelConfig, RunSpec, TrainingSpec,
         progress::{Evaluation, StepMetrics, WrittenCheckpoint},
+        run::Ranks,
         training,
     },
     engine::{
@@ -39,6 +40,14 @@ impl Data {
     fn sequence(&self, of: &Dataset, epoch: u64, index: u64) -> Sequence {
         let mut sequence = of.sequence(epoch, index);
         sequence.pad(self.multiple);
+        sequence
+    }
+
+    /// What a replica takes where the others have a sequence and it has none: the shortest that there is, without a label. All
+    /// ranks of a world gather the same weights at the same time, so none may sit a sequence out.
+    fn nothing(&self) -> Sequence {
+        let mut sequence = Sequence::default();
+        sequence.append_padding(self.multiple);
         sequence
     }
 }
@@ -114,8 +123,8 @@ impl<B: Backend, C: Comm<B>> Job<'_, B, C> {
         if self.progress.step == 0 {
             self.evaluate(observer)?;
         }
-        for (epoch, i) in self.data.order.of_step(self.progress.step + 1) {
-            self.session.prepare(&self.data.sequence(&self.data.training, epoch, i).documents)?;
+        for sequence in self.sequences(self.progress.step + 1) {
+            self.session.prepare(&sequence.documents)?;
         }
         // Whether the state in memory is already in a checkpoint folder.
         let mut written = self.run.resume_from.is_some();
@@ -151,12 +160,26 @@ impl<B: Backend, C: Comm<B>> Job<'_, B, C> {
         Ok((counts[0] > 0).then_some(Stop { checkpoint: counts[1] > 0 }))
     }
 
+    /// Of so many sequences, which this replica takes in every round: one after another go to one replica after another, and in
+    /// the last round some may have none.
+    fn own(&self, n: u64) -> impl Iterator<Item = Option<u64>> + use<B, C> {
+        let Ranks { sequence, data } = self.run.ranks;
+        let replica = self.session.groups.world.rank() as u64 / sequence;
+        (0..n.div_ceil(data)).map(move |round| Some(round * data + replica).filter(|i| *i < n))
+    }
+
+    /// This replica's sequences of a step, as many as those of the others.
+    fn sequences(&self, step: u64) -> Vec<Sequence> {
+        let (data, places) = (self.data, self.data.order.of_step(step).collect::<Vec<_>>());
+        let place = |i: u64| places[i as usize];
+        let sequence = |(epoch, i)| data.sequence(&data.training, epoch, i);
+        self.own(places.len() as u64).map(|own| own.map_or_else(|| data.nothing(), |i| sequence(place(i)))).collect()
+    }
+
     fn step(&mut self, observer: &mut dyn Observer) -> Result {
         let start = Instant::now();
         let step = self.progress.step + 1;
-        let places = self.data.order.of_step(step);
-        let data = self.data;
-        let sequences: Vec<Sequence> = places.map(|(epoch, i)| data.sequence(&data.training, epoch, i)).collect();
+        let sequences = self.sequences(step);
         let batches: Vec<Batch> = sequences.iter().map(batch).collect();
         let spec = &self.run.training;
         let hyper = AdamW {
@@ -175,7 +198,10 @@ impl<B: Backend, C: Comm<B>> Job<'_, B, C> {
                 return Err(Error::NotFinite { what, value, step });
             }
         }
-        let tokens: u64 = sequences.iter().map(|s| s.n_tokens).sum();
+        let mut tokens = [sequences.iter().map(|s| s.n_tokens).sum()];
+        self.session.groups.world.all_reduce_counts(&mut tokens)?;
+        // All ranks of a sequence counted the same tokens.
+        let tokens = tokens[0] / self.run.ranks.sequence;
         self.progress.step = step;
         self.progress.tokens_seen += tokens;
         self.progress.train_loss = Some(totals.mean_loss());
@@ -208,8 +234,8 @@ impl<B: Backend, C: Comm<B>> Job<'_, B, C> {
     fn evaluate(&mut self, observer: &mut dyn Observer) -> Result {
         let Some(validation) = &self.data.validation else { return Ok(()) };
         let mut totals = Totals::default();
-        for i in 0..validation.sequences_per_epoch() {
-            let sequence = self.data.sequence(validation, 0, i);
+        for own in self.own(validation.sequences_per_epoch()) {
+            let sequence = own.map_or_else(|| self.data.nothing(), |i| self.data.sequence(validation, 0, i));
             let one = self.session.evaluate([batch(&sequence)])?;
             totals.loss += one.loss;
             totals.correct += one.correct;

@@ -1,5 +1,6 @@
 //! Before the first step: data read and packed, a plan that fits, and both told.
 
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 
 use super::{Observer, job::Data, order::Order};
@@ -12,7 +13,7 @@ use crate::{
         Result,
         data::{Corpus, Dataset, Tokenizer, pack::Settings},
     },
-    plan::{self, Forced, Plan, Ranks, Request},
+    plan::{self, Plan, Ranks, Request},
 };
 
 /// What every document is padded to: attention kernels of GPUs want whole blocks of keys, the CPU does not care.
@@ -23,46 +24,24 @@ fn pad_to(device: DeviceKind) -> u64 {
     }
 }
 
-/// Reads the data, settles the sequence length, and plans for it.
-pub(super) fn data_and_plan(run: &RunSpec, config: &ModelConfig, observer: &mut dyn Observer) -> Result<(Data, Plan)> {
-    let spec = &run.training;
-    let tokenizer = Tokenizer::open(&run.model, config.vocab_size)?;
-    let folder = run.work_dir.join("tokens");
-    let training = Corpus::open(&run.training_files, &tokenizer, &folder)?;
-    let validation = open_validation(&run.validation_files, &tokenizer, &folder)?;
+/// What rank 0 has settled, and all ranks go by.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Settled {
+    pub sequence_length: u64,
+    pub plan: Plan,
+}
 
-    let pad_to = pad_to(run.machine.device);
-    let ranks = Ranks { sequence: u64::from(spec.sequence_parallel_size), data: 1 };
-    // A rank's part of a sequence is padded as a document is.
-    let multiple = pad_to * ranks.sequence;
-    let longest_document = (0..training.n_documents()).map(|i| training.length(i)).max().unwrap_or(0);
-    // What is packed into a sequence does not depend on the number of ranks; only the padding at its end does.
-    let mut sequence_length = spec.sequence_length.unwrap_or(longest_document).max(2).next_multiple_of(pad_to);
-    let request = Request {
-        model: config,
-        precision: spec.precision_on(run.machine.device),
-        moments: spec.moments,
-        tokens: sequence_length.next_multiple_of(multiple),
-        micro_batches: u64::from(spec.gradient_accumulation_steps),
-        machine: &run.machine,
-        forced: Forced { ranks: Some(ranks), ..Forced::default() },
-    };
-    let plan = match plan::plan(&request) {
-        Ok(plan) => plan,
-        // Nobody asked for this length: where documents may be cut, the longest that fits will do.
-        Err(refusal) if spec.sequence_length.is_none() && spec.long_documents != LongDocuments::Refuse => {
-            let tokens = (refusal.longest_tokens / multiple * multiple).max(multiple);
-            sequence_length = tokens;
-            observer.event(Event::message(
-                Level::Warn,
-                format!(
-                    "the longest document has {longest_document} tokens; sequences of {tokens} are the longest that fit"
-                ),
-            ));
-            plan::plan(&Request { tokens, ..request }).map_err(Invalid::from)?
-        }
-        Err(refusal) => return Err(Invalid::from(refusal).into()),
-    };
+/// The run's documents as tokens.
+struct Corpora {
+    training: Corpus,
+    validation: Option<Corpus>,
+}
+
+/// Reads the data, settles the sequence length, and plans for it: as rank 0, or to inspect the data.
+pub(super) fn settle(run: &RunSpec, config: &ModelConfig, observer: &mut dyn Observer) -> Result<(Data, Settled)> {
+    let corpora = Corpora::open(run, config)?;
+    let settled = corpora.settle(run, config, observer)?;
+    let sequence_length = settled.sequence_length;
     if sequence_length > config.max_position_embeddings {
         observer.event(Event::message(
             Level::Warn,
@@ -72,23 +51,76 @@ pub(super) fn data_and_plan(run: &RunSpec, config: &ModelConfig, observer: &mut 
             ),
         ));
     }
-    let settings = Settings {
-        sequence_length,
-        pad_to,
-        packing: spec.packing,
-        long_documents: spec.long_documents,
-        seed: spec.seed,
-    };
-    let training = Dataset::new(training, settings, true)?;
-    // Held-out documents are measured whole where they fit and in pieces where not: nothing is refused for them.
-    let validation_settings = Settings { long_documents: LongDocuments::Split, ..settings };
-    let validation = validation.map(|corpus| Dataset::new(corpus, validation_settings, false)).transpose()?;
-    let (n, per_step) = (training.sequences_per_epoch(), u64::from(spec.gradient_accumulation_steps));
-    let order = match (spec.max_steps, spec.n_epochs) {
-        (Some(steps), _) => Order::steps(n, per_step, steps),
-        (None, epochs) => Order::epochs(n, per_step, u64::from(epochs.unwrap_or(1))),
-    };
-    Ok((Data { training, validation, order, multiple }, plan))
+    Ok((corpora.pack(run, sequence_length)?, settled))
+}
+
+/// The data of a run, as every other rank reads it.
+pub(super) fn data(run: &RunSpec, config: &ModelConfig, settled: &Settled) -> Result<Data> {
+    Corpora::open(run, config)?.pack(run, settled.sequence_length)
+}
+
+impl Corpora {
+    fn open(run: &RunSpec, config: &ModelConfig) -> Result<Self> {
+        let tokenizer = Tokenizer::open(&run.model, config.vocab_size)?;
+        let folder = run.work_dir.join("tokens");
+        let training = Corpus::open(&run.training_files, &tokenizer, &folder)?;
+        let validation = open_validation(&run.validation_files, &tokenizer, &folder)?;
+        Ok(Self { training, validation })
+    }
+
+    fn settle(&self, run: &RunSpec, config: &ModelConfig, observer: &mut dyn Observer) -> Result<Settled> {
+        let (spec, pad_to, multiple) = (&run.training, pad_to(run.machine.device), multiple(run));
+        let longest_document = (0..self.training.n_documents()).map(|i| self.training.length(i)).max().unwrap_or(0);
+        // What is packed into a sequence does not depend on the number of ranks; only the padding at its end does.
+        let wanted = spec.sequence_length.or(run.sequence_length).unwrap_or(longest_document);
+        let sequence_length = wanted.max(2).next_multiple_of(pad_to);
+        let mut request = Request::of(config, spec, &run.machine, sequence_length.next_multiple_of(multiple));
+        if !run.inspect_only {
+            request.forced.ranks = Some(run.ranks);
+        }
+        match plan::plan(&request) {
+            Ok(plan) => Ok(Settled { sequence_length, plan }),
+            // Nobody asked for this length: where documents may be cut, the longest that fits will do.
+            Err(refusal) if spec.sequence_length.is_none() && spec.long_documents != LongDocuments::Refuse => {
+                let tokens = (refusal.longest_tokens / multiple * multiple).max(multiple);
+                observer.event(Event::message(
+                    Level::Warn,
+                    format!(
+                        "the longest document has {longest_document} tokens; sequences of {tokens} are the longest that fit"
+                    ),
+                ));
+                let plan = plan::plan(&Request { tokens, ..request }).map_err(Invalid::from)?;
+                Ok(Settled { sequence_length: tokens, plan })
+            }
+            Err(refusal) => Err(Invalid::from(refusal).into()),
+        }
+    }
+
+    fn pack(self, run: &RunSpec, sequence_length: u64) -> Result<Data> {
+        let spec = &run.training;
+        let settings = Settings {
+            sequence_length,
+            pad_to: pad_to(run.machine.device),
+            packing: spec.packing,
+            long_documents: spec.long_documents,
+            seed: spec.seed,
+        };
+        let training = Dataset::new(self.training, settings, true)?;
+        // Held-out documents are measured whole where they fit and in pieces where not: nothing is refused for them.
+        let validation_settings = Settings { long_documents: LongDocuments::Split, ..settings };
+        let validation = self.validation.map(|corpus| Dataset::new(corpus, validation_settings, false)).transpose()?;
+        let (n, per_step) = (training.sequences_per_epoch(), u64::from(spec.gradient_accumulation_steps));
+        let order = match (spec.max_steps, spec.n_epochs) {
+            (Some(steps), _) => Order::steps(n, per_step, steps),
+            (None, epochs) => Order::epochs(n, per_step, u64::from(epochs.unwrap_or(1))),
+        };
+        Ok(Data { training, validation, order, multiple: multiple(run) })
+    }
+}
+
+/// What sequences are padded to: a rank's part of one is padded as a document is.
+fn multiple(run: &RunSpec) -> u64 {
+    pad_to(run.machine.device) * run.ranks.sequence
 }
 
 fn open_validation(files: &[DataFile], tokenizer: &Tokenizer, folder: &std::path::Path) -> Result<Option<Corpus>> {
@@ -111,9 +143,11 @@ pub(super) fn summary(data: &Data) -> DataSummary {
 /// Tells what the machine will do.
 pub(super) fn announce(plan: &Plan, config: &ModelConfig, run: &RunSpec, observer: &mut dyn Observer) {
     let choice = &plan.choice;
-    let ranks = match choice.ranks.sequence {
-        1 => String::new(),
-        n => format!(", {n} ranks to a sequence"),
+    let ranks = match choice.ranks {
+        Ranks::ONE => String::new(),
+        Ranks { sequence, data: 1 } => format!(", {sequence} ranks to a sequence"),
+        Ranks { sequence: 1, data } => format!(", {data} sequences at a time"),
+        Ranks { sequence, data } => format!(", {sequence} ranks to a sequence, {data} sequences at a time"),
     };
     let message = format!(
         "planned on {} in {}{ranks}: sequences of up to {} tokens in chunks of {}, {} of {} layer inputs kept, {:.2} GiB at the \

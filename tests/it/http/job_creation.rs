@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use longhaul::domain::Machine;
 use serde_json::{Value, json};
 
 use crate::support::{
@@ -83,12 +84,13 @@ async fn a_job_echoes_what_was_asked_with_every_default_filled_in() {
 async fn every_number_of_training_out_of_range_is_told_by_its_path() {
     let service = Service::new("numbers").await;
     let file = service.upload("a.txt", b"text").await;
-    let whole: [(&str, u64, u64); 9] = [
+    let whole: [(&str, u64, u64); 10] = [
         ("sequence_length", 2, 1 << 30),
         ("n_epochs", 1, 1000),
         ("max_steps", 1, 100_000_000),
         ("gradient_accumulation_steps", 1, 65_536),
         ("sequence_parallel_size", 1, 128),
+        ("data_parallel_size", 1, 1024),
         ("warmup_steps", 0, 100_000_000),
         ("checkpoint_interval", 1, 100_000_000),
         ("evaluation_interval", 1, 100_000_000),
@@ -220,16 +222,22 @@ async fn ranks_that_the_model_or_the_device_cannot_have_are_refused() {
     let error = post(json!({"sequence_parallel_size": 4, "device": "cpu"})).await;
     let error = error.error(400, "training.sequence_parallel_size");
     assert!(error["message"].as_str().unwrap().contains("one of 1, 2, 3, 6, not 4"), "{error}");
-    // Where nobody says on what, a GPU is what the job would get.
-    for training in [json!({"sequence_parallel_size": 2}), json!({"sequence_parallel_size": 2, "device": "cuda"})] {
+    // Where nobody says on what, GPUs are what the job would get: two of one kind and one of another.
+    let other = Machine { device_name: "Other".into(), ..gpu(64 * GIB) };
+    service.host_with(&[gpu(64 * GIB), other, gpu(64 * GIB), machine(64 * GIB)]).await;
+    for training in [json!({"sequence_parallel_size": 3}), json!({"sequence_parallel_size": 3, "device": "cuda"})] {
         let error = post(training).await.error(400, "training.sequence_parallel_size");
-        assert!(error["message"].as_str().unwrap().contains("set training.device to cpu"), "{error}");
+        let message = error["message"].as_str().unwrap();
+        assert!(message.contains("2 of a kind are there: take one of 1, 2,"), "{error}");
     }
+    let replicas = json!({"data_parallel_size": 4, "gradient_accumulation_steps": 4});
+    post(replicas).await.error(400, "training.data_parallel_size");
     assert_eq!(service.count("jobs").await, 0);
     let job = post(json!({"sequence_parallel_size": 2, "device": "cpu"})).await.json();
     assert_eq!(job["training"]["sequence_parallel_size"], 2);
-    let one = post(json!({})).await.json();
-    assert_eq!(one["training"]["sequence_parallel_size"], 1, "the default is echoed");
+    post(json!({"sequence_parallel_size": 2})).await.json();
+    let open = post(json!({})).await.json();
+    assert_eq!(open["training"]["sequence_parallel_size"], Value::Null, "left to the planner");
 }
 
 #[tokio::test]

@@ -43,7 +43,7 @@ async fn a_stale_holder_writes_nothing() {
         assert_eq!(store.renew_lease(id, epoch, LONG).await.unwrap(), None);
         let error = Invalid::new("", "broken");
         for settlement in [
-            Settlement::Validated,
+            rows::VALIDATED,
             Settlement::Succeeded { trained_tokens: Some(1) },
             Settlement::Failed { error: error.clone() },
             Settlement::Retry { most_attempts: 1, error },

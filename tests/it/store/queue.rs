@@ -106,7 +106,7 @@ async fn a_claim_is_for_the_devices_that_it_names() {
     ] {
         let words: Vec<String> = devices.iter().map(ToString::to_string).collect();
         let (executor, models) = (ExecutorId::random(), ["tiny".to_owned()]);
-        let by = Claimant { executor: &executor, lease: LONG, models: &models, devices: &words };
+        let by = Claimant { executor: &executor, lease: LONG, models: &models, devices: &words, only: None };
         let mut claims = Vec::new();
         while let Some(claim) = store.claim_job(Work::Train, &by).await.unwrap() {
             claims.push(claim);
@@ -223,7 +223,7 @@ async fn a_wish_to_cancel_is_granted_whoever_ends_the_hold() {
     let id = rows::job(&store).await;
     let held = rows::claim(&store, Work::Inspect, LONG).await.unwrap();
     store.cancel_job(&id).await.unwrap();
-    assert!(store.settle_job(&id, held.epoch, &Settlement::Validated).await.unwrap());
+    assert!(store.settle_job(&id, held.epoch, &rows::VALIDATED).await.unwrap());
     assert_eq!(job(&store, &id).await.status, JobStatus::Cancelled);
     store.close().await;
 }

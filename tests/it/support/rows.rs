@@ -24,6 +24,9 @@ use super::Sandbox;
 /// A lease that outlives every test.
 pub const LONG: Duration = Duration::from_mins(10);
 
+/// What an inspection comes to.
+pub const VALIDATED: Settlement = Settlement::Validated { sequence_length: Some(2048) };
+
 /// A stored file.
 pub async fn file(store: &Store, content: &'static [u8]) -> FileId {
     let mut blob = store.begin_blob().await.unwrap();
@@ -58,7 +61,7 @@ pub async fn claim(store: &Store, work: Work, lease: Duration) -> Option<Claim> 
 
 pub async fn claim_as(store: &Store, executor: &ExecutorId, work: Work, lease: Duration) -> Option<Claim> {
     let (models, devices) = (["tiny".to_owned()], ["cpu".to_owned(), ANY_DEVICE.to_owned()]);
-    let by = Claimant { executor, lease, models: &models, devices: &devices };
+    let by = Claimant { executor, lease, models: &models, devices: &devices, only: None };
     store.claim_job(work, &by).await.unwrap()
 }
 
@@ -67,7 +70,7 @@ pub async fn queued(store: &Store) -> JobId {
     let id = job(store).await;
     let held = claim(store, Work::Inspect, LONG).await.unwrap();
     assert_eq!(held.job, id, "the test has one job at a time in validation");
-    assert!(store.settle_job(&id, held.epoch, &Settlement::Validated).await.unwrap());
+    assert!(store.settle_job(&id, held.epoch, &VALIDATED).await.unwrap());
     id
 }
 

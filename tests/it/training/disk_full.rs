@@ -7,10 +7,10 @@ use std::process::Command;
 
 use longhaul::{
     domain::{RunSpec, TrainingSpec},
-    engine::{Error, train::train},
+    engine::Error,
 };
 
-use super::{Recorder, Studio, digests, finish, folder, interrupt, names, spec};
+use super::{Recorder, Studio, digests, finish, folder, interrupt, names, ranks::train, spec};
 
 /// Where the child finds its run.
 const RUN: &str = "LONGHAUL_TEST_RUN";
@@ -26,10 +26,10 @@ fn a_full_disk_ends_every_rank() {
     leaves_the_last_checkpoint(4);
 }
 
-fn leaves_the_last_checkpoint(sequence_parallel_size: u32) {
+fn leaves_the_last_checkpoint(ranks: u32) {
     let studio = Studio::new("full");
     let files = [studio.five()];
-    let spec = |steps| TrainingSpec { sequence_parallel_size, ..spec(steps) };
+    let spec = |steps| TrainingSpec { sequence_parallel_size: Some(ranks), ..spec(steps) };
     let first = studio.run("first", &files, spec(3));
     let before = interrupt(&first, 1);
     let from = folder(&first, &before.checkpoints[0]);

@@ -4,7 +4,7 @@
 mod data;
 mod disk_full;
 pub mod killed;
-mod ranks;
+pub mod ranks;
 mod resume;
 mod saved;
 pub mod steps;
@@ -16,15 +16,16 @@ use longhaul::{
     domain::{
         Event, JobId, RunSpec, TrainingSpec,
         progress::{DataSummary, Evaluation, StepMetrics, WrittenCheckpoint},
-        run::DataFile,
+        run::{DataFile, Place, Ranks},
         training::Schedule,
     },
     engine::{
         self,
-        train::{Observer, Outcome, Stop, train},
+        train::{Observer, Outcome, Stop},
     },
 };
 
+use self::ranks::train;
 use crate::support::{
     Sandbox,
     model::{Random, machine},
@@ -80,6 +81,8 @@ impl Studio {
 
     /// A run over these files in a folder of its own.
     pub fn run(&self, name: &str, files: &[DataFile], training: TrainingSpec) -> RunSpec {
+        let size = |asked: Option<u32>| u64::from(asked.unwrap_or(1));
+        let ranks = Ranks { sequence: size(training.sequence_parallel_size), data: size(training.data_parallel_size) };
         RunSpec {
             job: JobId::random(),
             epoch: 1,
@@ -88,7 +91,10 @@ impl Studio {
             training_files: files.to_vec(),
             validation_files: Vec::new(),
             training,
+            sequence_length: None,
             machine: machine(1 << 30),
+            ranks,
+            place: Place::first(),
             gpu: 0,
             libraries: Vec::new(),
             work_dir: self.sandbox.join(name),

@@ -1,19 +1,25 @@
-//! A job on several ranks is the job on one: what it reports, what it writes, how it stops and how it fails.
+//! A job on several ranks is the job on one: what it reports, what it writes, how it stops and how it fails. The ranks are threads
+//! here, which meet as processes do.
 
 use std::{
     io::{BufRead, BufReader, Write},
     panic::{AssertUnwindSafe, catch_unwind},
     process::{Command, Stdio},
+    sync::mpsc::{Sender, channel},
+    thread,
 };
 
 use longhaul::{
     domain::{
         Event, RunSpec, TrainingSpec,
-        machine::DeviceKind,
         progress::{DataSummary, Evaluation, StepMetrics, WrittenCheckpoint},
+        run::Place,
         training::LongDocuments,
     },
-    engine::train::{Observer, Outcome, Stop, train},
+    engine::{
+        Result,
+        train::{Observer, Outcome, Stop, train as train_rank},
+    },
 };
 use serde_json::Value;
 
@@ -29,7 +35,86 @@ const TOLERANCE: f64 = 1e-6;
 const RUN: &str = "LONGHAUL_TEST_RUN_OF_RANKS";
 
 fn on(ranks: u32, training: TrainingSpec) -> TrainingSpec {
-    TrainingSpec { sequence_parallel_size: ranks, ..training }
+    TrainingSpec { sequence_parallel_size: Some(ranks), ..training }
+}
+
+fn replicas(data: u32, sequence: u32, training: TrainingSpec) -> TrainingSpec {
+    TrainingSpec { data_parallel_size: Some(data), ..on(sequence, training) }
+}
+
+/// Trains on every rank of the run: rank 0 here, with the observer, and each of the others on a thread. The outcome is rank 0's.
+pub fn train(run: &RunSpec, observer: &mut dyn Observer) -> Result<Outcome> {
+    let n_ranks = if run.inspect_only { 1 } else { run.ranks.world() };
+    thread::scope(|scope| {
+        let (tell, told) = channel::<String>();
+        scope.spawn(move || {
+            // Nobody comes where rank 0 never listened.
+            let Ok(address) = told.recv() else { return };
+            thread::scope(|scope| {
+                for rank in 1..n_ranks {
+                    let place = Place { rank, address: address.clone(), ..run.place.clone() };
+                    let run = RunSpec { place, ..run.clone() };
+                    scope.spawn(move || train_rank(&run, &mut Unheard));
+                }
+            });
+        });
+        train_rank(run, &mut First { observer, tell })
+    })
+}
+
+/// Rank 0, whose address starts the others.
+struct First<'a> {
+    observer: &'a mut dyn Observer,
+    tell: Sender<String>,
+}
+
+impl Observer for First<'_> {
+    fn meeting(&mut self, address: &str) {
+        self.tell.send(address.to_owned()).unwrap();
+    }
+
+    fn event(&mut self, event: Event) {
+        self.observer.event(event);
+    }
+
+    fn data(&mut self, summary: &DataSummary) {
+        self.observer.data(summary);
+    }
+
+    fn step(&mut self, metrics: &StepMetrics) {
+        self.observer.step(metrics);
+    }
+
+    fn evaluation(&mut self, evaluation: &Evaluation) {
+        self.observer.evaluation(evaluation);
+    }
+
+    fn checkpoint(&mut self, checkpoint: &WrittenCheckpoint) {
+        self.observer.checkpoint(checkpoint);
+    }
+
+    fn stop_wanted(&self) -> Option<Stop> {
+        self.observer.stop_wanted()
+    }
+}
+
+/// Every other rank.
+struct Unheard;
+
+impl Observer for Unheard {
+    fn event(&mut self, _: Event) {}
+
+    fn data(&mut self, _: &DataSummary) {}
+
+    fn step(&mut self, _: &StepMetrics) {}
+
+    fn evaluation(&mut self, _: &Evaluation) {}
+
+    fn checkpoint(&mut self, _: &WrittenCheckpoint) {}
+
+    fn stop_wanted(&self) -> Option<Stop> {
+        None
+    }
 }
 
 fn assert_close(a: f64, b: f64, what: &str) {
@@ -66,15 +151,22 @@ fn ranks_train_as_one() {
         checkpoint_interval: Some(4),
         ..spec(6)
     };
-    for (name, training) in [("packed", packed), ("apart", spec(5))] {
-        let run = |ranks: u32| {
-            let run = studio.run(&format!("{name}-{ranks}"), &[studio.five()], on(ranks, training.clone()));
+    // Five sequences by fours, twice: of the last step two replicas have nothing; and of three held-out sequences the last round.
+    let epochs = TrainingSpec { n_epochs: Some(2), max_steps: None, gradient_accumulation_steps: 4, ..spec(1) };
+    for (name, training, arrangements) in [
+        ("packed", packed, vec![(1, 2), (1, 4), (2, 1), (2, 2)]),
+        ("apart", spec(5), vec![(1, 2), (1, 4)]),
+        ("epochs", epochs, vec![(4, 1), (2, 2), (4, 2), (2, 4)]),
+    ] {
+        let run = |data: u32, sequence: u32| {
+            let name = format!("{name}-{data}x{sequence}");
+            let run = studio.run(&name, &[studio.five()], replicas(data, sequence, training.clone()));
             RunSpec { validation_files: vec![held_out.clone()], ..run }
         };
-        let alone = run(1);
+        let alone = run(1, 1);
         let one = finish(&alone);
-        for ranks in [2, 4] {
-            let (shared, what) = (run(ranks), format!("{name}, {ranks} ranks"));
+        for (data, sequence) in arrangements {
+            let (shared, what) = (run(data, sequence), format!("{name}, {data} x {sequence} ranks"));
             let several = finish(&shared);
             assert_eq!(several.summary, one.summary, "{what}");
             assert_same_steps(&several.steps, &one.steps, &what);
@@ -85,7 +177,8 @@ fn ranks_train_as_one() {
             }
             let told = several.events.iter().filter(|e| e.message.starts_with("planned on")).collect::<Vec<_>>();
             assert_eq!(told.len(), 1, "rank 0 tells for all");
-            assert!(told[0].message.contains(&format!("{ranks} ranks")), "{}", told[0].message);
+            let says = |n: u32, what: &str| n == 1 || told[0].message.contains(&format!("{n} {what}"));
+            assert!(says(sequence, "ranks") && says(data, "sequences at a time"), "{}", told[0].message);
             let kinds = |recorder: &Recorder| -> Vec<_> {
                 let of = |c: &WrittenCheckpoint| (c.step, c.last, c.files.iter().map(|f| f.path.clone()).collect());
                 recorder.checkpoints.iter().map(of).collect::<Vec<(u64, bool, Vec<String>)>>()
@@ -236,9 +329,4 @@ fn ranks_that_cannot_be_are_refused() {
     let three = refusal(&studio.run("three", &files, on(3, spec(2))));
     assert_eq!(three.param, "training.sequence_parallel_size");
     assert!(three.message.contains("one of 1, 2, 4, not 3"), "{three}");
-    let mut gpu = studio.run("gpu", &files, on(2, spec(2)));
-    gpu.machine.device = DeviceKind::Cuda;
-    let two = refusal(&gpu);
-    assert_eq!(two.param, "training.sequence_parallel_size");
-    assert!(two.message.contains("set training.device to cpu"), "{two}");
 }
