@@ -10,6 +10,7 @@ use super::{
     Api, ApiError, ErrorEnvelope,
     download::Download,
     extract::{Id, Pairs, Segments, named, no_such_cursor},
+    hub::HubName,
     tar::Archive,
 };
 use crate::{
@@ -31,6 +32,8 @@ pub struct CheckpointObject {
     created_at: i64,
     /// Name of the model that this checkpoint is.
     fine_tuned_model_checkpoint: String,
+    /// Under `/hf`: the repository and revision that Hugging Face's clients load this checkpoint by (an extension).
+    hub: HubName,
     fine_tuning_job_id: String,
     /// Optimizer steps done.
     step_number: u64,
@@ -141,6 +144,16 @@ pub async fn checkpoint_file(
     let Some(file) = files.into_iter().find(|file| file.path == path) else {
         return Err(ApiError::not_found("file of this checkpoint", &path));
     };
+    send(&api, &checkpoint.id, file, &headers).await
+}
+
+/// Answers with a file that the manifest names.
+pub(super) async fn send(
+    api: &Api,
+    checkpoint: &CheckpointId,
+    file: WrittenFile,
+    headers: &HeaderMap,
+) -> Result<Response, ApiError> {
     let download = Download {
         bytes: file.bytes,
         tag: file.sha256,
@@ -148,10 +161,10 @@ pub async fn checkpoint_file(
         filename: file.path.rsplit('/').next().unwrap_or_default().to_owned(),
     };
     let open = async |range| {
-        let stream = api.store.weights().read(&checkpoint.id, &file.path, range).await?;
-        stream.ok_or_else(|| ApiError::internal(format!("{} of {} is missing", file.path, checkpoint.id)))
+        let stream = api.store.weights().read(checkpoint, &file.path, range).await?;
+        stream.ok_or_else(|| ApiError::internal(format!("{} of {checkpoint} is missing", file.path)))
     };
-    download.answer(&headers, open).await
+    download.answer(headers, open).await
 }
 
 /// Downloads a checkpoint as one tar archive (an extension).
@@ -206,6 +219,7 @@ impl From<Checkpoint> for CheckpointObject {
             let whole = value.fract() == 0.0 && value.abs() < 9e15;
             if whole { Some((value as i64).into()) } else { serde_json::Number::from_f64(value) }
         };
+        let hub = HubName::of(&checkpoint);
         let mut metrics: BTreeMap<_, _> =
             checkpoint.metrics.into_iter().filter_map(|(name, value)| Some((name, number(value)?))).collect();
         metrics.insert("step".into(), checkpoint.step.into());
@@ -213,6 +227,7 @@ impl From<Checkpoint> for CheckpointObject {
             id: checkpoint.id.to_string(),
             object: "fine_tuning.job.checkpoint",
             created_at: checkpoint.created_at,
+            hub,
             fine_tuned_model_checkpoint: checkpoint.model_name,
             fine_tuning_job_id: checkpoint.job.to_string(),
             step_number: checkpoint.step,

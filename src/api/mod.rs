@@ -26,6 +26,7 @@ pub mod extract;
 pub mod files;
 pub mod fit;
 pub mod health;
+pub mod hub;
 pub mod job_object;
 pub mod jobs;
 pub mod layers;
@@ -130,6 +131,10 @@ fn table() -> OpenApiRouter<Api> {
         .routes(routes!(checkpoints::list_checkpoint_files))
         .routes(routes!(models::list_models))
         .routes(routes!(models::retrieve_model))
+        .routes(routes!(hub::repository))
+        .routes(routes!(hub::repository_revision))
+        .routes(routes!(hub::repository_tree))
+        .routes(routes!(hub::repository_folder))
         .routes(routes!(health::healthz))
         .routes(routes!(health::readyz))
         .layer(DefaultBodyLimit::max(MAX_JSON_BODY))
@@ -140,6 +145,7 @@ fn table() -> OpenApiRouter<Api> {
         .routes(routes!(files::file_content))
         .routes(routes!(checkpoints::checkpoint_file))
         .routes(routes!(checkpoints::checkpoint_archive))
+        .routes(routes!(hub::repository_file))
         .layer(DefaultBodyLimit::disable());
     OpenApiRouter::with_openapi(Contract::openapi()).merge(small).merge(transfers)
 }
@@ -158,6 +164,7 @@ fn table() -> OpenApiRouter<Api> {
         (name = "fine-tuning", description = "Jobs, their events and their checkpoints."),
         (name = "downloads", description = "The weights."),
         (name = "models", description = "What can be tuned, and what was."),
+        (name = "hub", description = "Fine-tuned models by name, for Hugging Face's clients: set HF_ENDPOINT to <this server>/hf."),
         (name = "service", description = "For load balancers.")
     )
 )]

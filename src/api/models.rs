@@ -6,7 +6,7 @@ use axum::{Json, extract::State};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{Api, ApiError, ErrorEnvelope, extract::Segments};
+use super::{Api, ApiError, ErrorEnvelope, extract::Segments, hub::HubName};
 use crate::store::checkpoints::Checkpoint;
 
 /// Most fine-tuned models of the list, newest first; OpenAI's shape has no pages here.
@@ -30,6 +30,9 @@ pub struct ModelObject {
     /// Of a fine-tuned model: the checkpoint that it is (an extension).
     #[serde(skip_serializing_if = "Option::is_none")]
     checkpoint_id: Option<String>,
+    /// Of a fine-tuned model: the name under `/hf` that Hugging Face's clients load it by (an extension).
+    #[serde(skip_serializing_if = "Option::is_none")]
+    hub: Option<HubName>,
     /// Of a base model that cannot be trained: why (an extension).
     #[serde(skip_serializing_if = "Option::is_none")]
     problem: Option<String>,
@@ -79,6 +82,7 @@ async fn base_models(api: &Api) -> Result<Vec<ModelObject>, ApiError> {
                 owned_by: OWNER,
                 fine_tuning_job_id: None,
                 checkpoint_id: None,
+                hub: None,
                 problem: base.problem.filter(|_| base.config.is_none()),
             };
             let known = models.entry(base.name).or_insert_with(|| model);
@@ -91,6 +95,7 @@ async fn base_models(api: &Api) -> Result<Vec<ModelObject>, ApiError> {
 impl From<Checkpoint> for ModelObject {
     fn from(checkpoint: Checkpoint) -> Self {
         Self {
+            hub: Some(HubName::of(&checkpoint)),
             id: checkpoint.model_name,
             object: "model",
             created: checkpoint.created_at,

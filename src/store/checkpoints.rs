@@ -16,7 +16,7 @@ const RESUME_FOLDER: &str = "resume/";
 /// Characters of a job's id that end its model's name.
 const SHORT_ID: usize = 8;
 /// Stands where hosted services name the organization.
-const ORGANIZATION: &str = "longhaul";
+pub const ORGANIZATION: &str = "longhaul";
 
 /// One checkpoint of a job. Times are Unix seconds.
 #[derive(Debug, Clone, PartialEq)]

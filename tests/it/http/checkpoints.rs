@@ -22,7 +22,7 @@ fn deep() -> String {
 }
 
 /// Files of a checkpoint, in the order of their paths: sizes of none, one, a block and more than a block of the archive.
-fn files() -> Vec<(String, Vec<u8>)> {
+pub(super) fn files() -> Vec<(String, Vec<u8>)> {
     let weights = (0..1_300_001u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
     vec![
         ("config.json".into(), b"{}".to_vec()),
@@ -34,7 +34,7 @@ fn files() -> Vec<(String, Vec<u8>)> {
 }
 
 /// A job with one checkpoint on the way and one at its end.
-async fn finished(service: &Service) -> (JobId, Vec<CheckpointId>) {
+pub(super) async fn finished(service: &Service) -> (JobId, Vec<CheckpointId>) {
     let held = rows::running(&service.store, LONG).await;
     let files = files();
     let files: Vec<(&str, &[u8])> = files.iter().map(|(path, content)| (&**path, &**content)).collect();

@@ -5,6 +5,7 @@ mod commands;
 mod events;
 mod faults;
 mod files;
+mod hub;
 mod job_creation;
 mod job_life;
 mod refused_uploads;

@@ -72,6 +72,8 @@ pub struct Server {
     pub process: Process,
     pub folder: PathBuf,
     pub client: Client,
+    /// `http://host:port`
+    pub address: String,
 }
 
 impl Server {
@@ -85,7 +87,7 @@ impl Server {
             Some(line.split_whitespace().find(|word| word.starts_with("http://"))?.to_owned())
         });
         let client = Client::new(&address).unwrap();
-        Self { process, folder: folder.to_owned(), client }
+        Self { process, folder: folder.to_owned(), client, address }
     }
 
     /// Address of its private database, for executors of their own.
