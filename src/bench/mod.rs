@@ -6,3 +6,4 @@ mod random;
 mod ranks;
 pub mod shapes;
 pub mod step;
+mod timeline;

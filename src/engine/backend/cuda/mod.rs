@@ -31,7 +31,7 @@ use cudarc::driver::CudaEvent;
 pub use self::{
     attention::workspace_bytes as attention_workspace_bytes,
     device::Device,
-    profile::{Part, Profiled},
+    profile::{Part, Profiled, Span},
 };
 use self::{cudnn::Attention, gemm::Gemm, kernels::Kernels, profile::Profile};
 use super::{
