@@ -7,3 +7,4 @@ mod ranks;
 mod sequence;
 pub mod shapes;
 pub mod step;
+mod timeline;

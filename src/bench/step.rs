@@ -11,7 +11,7 @@ use super::{
     random::Random,
     ranks::{self, Place},
     sequence::Sequence,
-    shapes,
+    shapes, timeline,
 };
 use crate::{
     domain::{
@@ -27,7 +27,7 @@ use crate::{
         model::MemoryProof,
         train::session::{Session, Totals},
     },
-    plan::{self, Forced, Gradients, Plan, Ranks},
+    plan::{self, Forced, Gradients, Plan, Ranks, shards},
     trainer::gpu::{self, Stated},
 };
 
@@ -97,7 +97,8 @@ pub struct Args {
     /// Memory proof: attends only in so many chunks, those with the longest prefix
     #[arg(long, requires = "attention_in_layers")]
     pub attention_chunks: Option<u64>,
-    /// After the steps, one more with a mark around every operation: where the time goes (cuda)
+    /// After the steps, one more with a mark around every operation: where the time goes, and with several ranks what runs beside
+    /// what in one layer (cuda)
     #[arg(long)]
     pub profile: bool,
 }
@@ -381,7 +382,11 @@ fn profile<C: Comm<Cuda>>(run: &mut Run<Cuda, C>, out: &mut impl Write) -> Resul
         .iter()
         .map(|(part, seconds, count)| (format!("{part:?}"), json!({ "seconds": seconds, "operations": count })))
         .collect();
-    print(&json!({ "profiled_seconds": seconds, "parts": parts, "idle_seconds": profiled.idle() }), out)
+    print(&json!({ "profiled_seconds": seconds, "parts": parts, "idle_seconds": profiled.idle() }), out)?;
+    let plan::Choice { ranks, chunk_tokens, .. } = run.job.plan.choice;
+    let runs = shards::heads(&run.job.config, ranks)[0].len() as u64;
+    let calls = run.job.args.tokens.div_ceil(chunk_tokens) * runs;
+    timeline::table(&profiled.spans, run.job.config.n_layers, calls).iter().try_for_each(|line| print(line, out))
 }
 
 fn print(line: &serde_json::Value, out: &mut impl Write) -> Result {

@@ -208,6 +208,12 @@ impl<'a> Step<'a> {
             / self.choice.ranks.sequence as f64
     }
 
+    /// A rank's share of projecting a layer's keys and values.
+    fn rebuild_seconds(&self) -> f64 {
+        let rows = self.choice.local(self.tokens);
+        (4 * rows * self.model.hidden_size * self.model.kv_size()) as f64 / self.gemm
+    }
+
     /// Seconds that weights from the host add: a layer's cross the link beside the work on the layer before.
     fn visit_seconds(&self) -> f64 {
         let (model, choice) = (self.model, self.choice);
@@ -222,12 +228,21 @@ impl<'a> Step<'a> {
         if self.choice.ranks.world() == 1 {
             return Seconds::default();
         }
-        let traffic = Traffic::of(self.model, self.widths, self.tokens, self.choice);
-        let links = Links::of(self.machine, &self.rates, self.choice.ranks);
+        let (model, widths, choice) = (self.model, self.widths, self.choice);
+        let Traffic { heads, .. } = Traffic::of(model, widths, self.tokens, choice);
+        let links = Links::of(self.machine, &self.rates, choice.ranks);
+        // On the CPU a collective ends inside its call: there is no work beside it.
+        let (forward, rebuild) = match self.machine.device {
+            DeviceKind::Cpu => (0.0, 0.0),
+            DeviceKind::Cuda => (self.forward_seconds(), self.rebuild_seconds()),
+        };
+        let chunks = self.tokens.div_ceil(choice.chunk_tokens) as f64;
+        // A backward takes twice as long as a forward, or longer.
+        let work = 3.0 * forward * model.n_layers as f64;
         Seconds {
-            weights: links.weights_seconds(self.model, self.widths, self.choice, self.forward_seconds()),
-            gradients: links.gradients_seconds(traffic.gradients),
-            heads: links.heads_seconds(traffic.heads),
+            weights: links.weights_seconds(model, widths, choice, forward),
+            gradients: links.gradients_seconds(model, widths, choice, rebuild),
+            heads: links.heads_seconds(heads, chunks, work),
         }
     }
 

@@ -110,7 +110,7 @@ impl Needs {
             DeviceKind::Cuda => 1,
         };
         Self {
-            device: on_device * (layout.bytes + process.device),
+            device: on_device * (layout.bytes + process.device + process.spare),
             host: here * (layout.host_bytes + process.host),
             disk: here * disk_bytes(request.model, request.widths(), request.tokens, choice),
         }
@@ -239,6 +239,7 @@ fn with_extras(request: &Request, mut choice: Choice) -> Choice {
 
 fn planned(request: &Request, choice: Choice, step_seconds: f64) -> Plan {
     let needs = Needs::of(request, &choice);
+    let process = workspace::process(request.machine.device, choice.ranks);
     let (model, machine, widths, n) = (request.model, request.machine, request.widths(), request.sequences());
     let layout = lay_out(model, widths, request.tokens, &choice);
     // Only one update, whatever the number of sequences.
@@ -249,8 +250,9 @@ fn planned(request: &Request, choice: Choice, step_seconds: f64) -> Plan {
         tokens: request.tokens,
         ledger: layout.ledger(Arena::Device),
         host_ledger: layout.ledger(Arena::Host),
-        predicted_peak_bytes: needs.device,
-        predicted_host_peak_bytes: layout.host_bytes + workspace::process(request.machine.device, choice.ranks).host,
+        // Only with GPUs, each for itself, is anything spared.
+        predicted_peak_bytes: needs.device - process.spare,
+        predicted_host_peak_bytes: layout.host_bytes + process.host,
         disk_bytes: disk_bytes(model, widths, request.tokens, &choice),
         step_seconds,
         sequences: n,

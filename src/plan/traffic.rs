@@ -132,35 +132,37 @@ impl Links {
     }
 
     /// Seconds that the gathers of a sequence add. A layer's weights come beside the work on the layer before, of which a
-    /// forward takes `forward` seconds, but for the first; where ranks share a sequence they do not, because exchanges wait in
-    /// the same queue behind them.
+    /// forward takes `forward` seconds, but for the first.
     pub(super) fn weights_seconds(&self, model: &ModelConfig, widths: Widths, choice: &Choice, forward: f64) -> f64 {
         let Weights { layer, gathers, outside } = Weights::of(model, choice);
         let crossing = |part: u64| (part * widths.storage * (self.ranks.world() - 1)) as f64 / self.around;
         let (layer, gathers) = (crossing(layer), gathers as f64);
-        let layers = if self.ranks.sequence == 1 {
-            layer + gathers * (cost::HINDRANCE * layer + (layer - forward).max(0.0))
-        } else {
-            gathers * layer
-        };
-        layers + crossing(outside)
+        layer + gathers * (cost::HINDRANCE * layer + (layer - forward).max(0.0)) + crossing(outside)
     }
 
-    /// Seconds in which `bytes` of sums reach their owners.
-    pub(super) fn gradients_seconds(&self, bytes: u64) -> f64 {
-        bytes as f64 / self.around
+    /// Seconds that sums add on their way to their owners. Those of a layer go beside the `rebuild` seconds in which the next one's
+    /// keys and values are projected again, where they are not kept; all others in the open.
+    pub(super) fn gradients_seconds(&self, model: &ModelConfig, widths: Widths, choice: &Choice, rebuild: f64) -> f64 {
+        let (world, owned) = (self.ranks.world(), shards::owned(model, self.ranks.world()));
+        let crossing = |part: u64| (part * widths.wide * (world - 1)) as f64 / self.around;
+        let hidden = crossing(shards::part(model.layer_params(), world)).min(rebuild);
+        let rebuilt = (model.n_layers - 1).saturating_sub(choice.kept_qkv_layers);
+        crossing(owned) - (1.0 - cost::HINDRANCE) * hidden * rebuilt as f64
     }
 
-    /// Seconds in which a rank sends `bytes` to the others of its group, equally many to each, over both links at once. Columns are
-    /// sorted by rank before they leave or after they have come: its own too are read and written once.
-    pub(super) fn heads_seconds(&self, bytes: u64) -> f64 {
+    /// Seconds that it adds when a rank sends `bytes` to the others of its group, equally many to each, over both links at once. They
+    /// go chunk by chunk beside the `work` on other chunks, but for one of `chunks`. Columns are sorted by rank before they leave or after
+    /// they have come: its own too are read and written once.
+    pub(super) fn heads_seconds(&self, bytes: u64, chunks: f64, work: f64) -> f64 {
         let n = self.ranks.sequence;
         if n == 1 {
             return 0.0;
         }
         let to = |ranks: u64| bytes as f64 * ranks as f64 / (n - 1) as f64;
         let sent = (to(self.together - 1) / self.inside).max(to(n - self.together) / self.outside);
-        sent + 2.0 * to(n) / self.memory
+        let beside = sent * (1.0 - 1.0 / chunks);
+        let open = sent - beside + (beside - work).max(0.0);
+        open + cost::HINDRANCE * beside + 2.0 * to(n) / self.memory
     }
 }
 

@@ -223,9 +223,9 @@ impl Twins {
     }
 
     fn timed(&mut self, run: &mut impl FnMut(&mut Cuda) -> Result) -> Result<f64> {
-        let start = self.gpu.device.mark()?;
+        let start = self.gpu.device.mark(Stream::Compute)?;
         run(&mut self.gpu)?;
-        let end = self.gpu.device.mark()?;
+        let end = self.gpu.device.mark(Stream::Compute)?;
         self.gpu.device.seconds_between(&start, &end)
     }
 }

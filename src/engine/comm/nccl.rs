@@ -50,13 +50,14 @@ impl Nccl {
         Ok(Self { communicators, index, watch, control })
     }
 
-    fn queue(&self, cuda: &Cuda, name: &str, calls: &[Call]) -> Result {
+    fn queue(&self, cuda: &mut Cuda, name: &str, calls: &[Call]) -> Result {
         if calls.is_empty() {
             return Ok(());
         }
-        self.communicators
-            .queue(self.index, (&cuda.device, self.control.stream()), name, calls)
-            .map_err(|error| blame(&self.watch, error))
+        let stream = self.control.stream();
+        let queued = cuda
+            .marked_beside(stream, |cuda| self.communicators.queue(self.index, (&cuda.device, stream), name, calls));
+        queued.map_err(|error| blame(&self.watch, error))
     }
 }
 

@@ -21,7 +21,10 @@ async fn a_job_is_a_repository_and_its_checkpoints_are_revisions() {
         let info = service.get(&format!("/hf/api/models/{name}/revision/{revision}")).await.json();
         info["sha"].as_str().unwrap().to_owned()
     };
-    assert_eq!((at("main").await, at("step-4").await, at(&commit).await), (commit.clone(), commit.clone(), commit.clone()));
+    assert_eq!(
+        (at("main").await, at("step-4").await, at(&commit).await),
+        (commit.clone(), commit.clone(), commit.clone())
+    );
     assert_ne!(at("step-2").await, commit);
 
     let tree = service.get(&format!("/hf/api/models/{name}/tree/{commit}?recursive=true&expand=false")).await.json();

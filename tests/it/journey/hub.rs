@@ -42,8 +42,11 @@ fn fine_tuned_models_load_by_name() {
     let found: Value = serde_json::from_slice(&output.stdout).unwrap();
 
     // What the state for continuing is made of is no part of the model.
-    let expected: Value =
-        files.iter().filter(|(path, _)| !path.starts_with("resume/")).map(|(path, sha)| (path.clone(), Value::from(sha.clone()))).collect();
+    let expected: Value = files
+        .iter()
+        .filter(|(path, _)| !path.starts_with("resume/"))
+        .map(|(path, sha)| (path.clone(), Value::from(sha.clone())))
+        .collect();
     assert_eq!((&found["main"], &found["commit"]), (&expected, &expected));
     let names = |of: &Value| of.as_object().unwrap().keys().cloned().collect::<Vec<String>>();
     assert_eq!(names(&found["revision"]), names(&expected));

@@ -10,22 +10,24 @@ use std::{
 };
 
 use longhaul::{
-    domain::ModelConfig,
+    bench::shapes,
+    domain::{Machine, ModelConfig, training::Precision},
     engine::{
         Error, Result,
         backend::cpu::Cpu,
         comm::{Groups, HostComm, Lost, Message, Transport},
         train::session::Session,
     },
-    plan::{Forced, Plan, Ranks, Widths, segments, traffic::Traffic},
+    plan::{self, Forced, Plan, Ranks, Request, Widths, segments, traffic::Traffic},
 };
 
+use super::{hopper, request};
 use crate::support::model::{self, Tokens};
 
 const WIDTHS: Widths = Widths { storage: 8, wide: 8 };
 
 /// A plan in f64 that keeps nothing but what `forced` says.
-fn plan(config: &ModelConfig, ranks: Ranks, tokens: u64, forced: Forced) -> Plan {
+fn planned(config: &ModelConfig, ranks: Ranks, tokens: u64, forced: Forced) -> Plan {
     let forced = Forced {
         ranks: Some(ranks),
         chunk_tokens: Some(tokens / 2),
@@ -52,7 +54,7 @@ fn a_hand_counts_the_same() {
     // parameters, of which each of two ranks owns 3000, in whole 64s 3008; of 1464 for the words 768, of the norm 64.
     let config = model::config(false);
     let widths = Widths { storage: 2, wide: 4 };
-    let of = |ranks, tokens, forced| traffic(&config, &plan(&config, ranks, tokens, forced), widths);
+    let of = |ranks, tokens, forced| traffic(&config, &planned(&config, ranks, tokens, forced), widths);
     let two = Ranks { sequence: 2, data: 1 };
     // Forward gathers 5 layers; backward finds the last two where they are and gathers 3.
     let plain = of(two, 64, Forced::default());
@@ -74,10 +76,37 @@ fn a_hand_counts_the_same() {
     // Replicas exchange no heads; words that are tied are gathered and summed once.
     assert_eq!(of(Ranks { sequence: 1, data: 2 }, 64, Forced::default()), Traffic { heads: 0, ..plain });
     let tied = model::config(true);
-    let tied = traffic(&tied, &plan(&tied, two, 64, Forced::default()), widths);
+    let tied = traffic(&tied, &planned(&tied, two, 64, Forced::default()), widths);
     assert_eq!(tied.weights, (8 * 3008 + 768 + 64) * 2);
     assert_eq!(tied.gradients, (5 * 3008 + 768 + 64) * 4);
     assert_eq!(of(Ranks::ONE, 64, Forced::default()), Traffic::default());
+}
+
+#[test]
+fn what_goes_beside_work_adds_little() {
+    let config = shapes::named("llama-3.1-8b").unwrap();
+    let seconds = |chunk, peer_bytes, kept_qkv| {
+        let mut machine = Machine { n_devices: 2, ..hopper(240) };
+        machine.rates.peer_bytes = peer_bytes;
+        let forced = Forced {
+            ranks: Some(Ranks { sequence: 2, data: 1 }),
+            chunk_tokens: Some(chunk),
+            kept_qkv_layers: Some(kept_qkv),
+            ..Forced::default()
+        };
+        let of_precision = Request { precision: Precision::Bf16, ..request(&config, &machine, 65_536) };
+        plan::plan(&Request { forced, ..of_precision }).unwrap().traffic_seconds
+    };
+    let (many, one) = (seconds(4096, 275e9, 0), seconds(65_536, 275e9, 0));
+    // One chunk has nothing beside it; of sixteen one stands alone, and columns are sorted in either case.
+    assert!(many.heads < 0.4 * one.heads && many.heads > one.heads / 16.0, "{many:?}, {one:?}");
+    // Sums of gradients go beside keys and values that are projected again.
+    let kept = seconds(4096, 275e9, 32);
+    assert!(many.gradients < 0.8 * kept.gradients, "{many:?}, {kept:?}");
+    // Over a slow link all is longer than the work beside it.
+    let (slow, slower) = (seconds(4096, 1e8, 0), seconds(4096, 5e7, 0));
+    let twice = |a: f64, b: f64| (1.9..2.3).contains(&(b / a));
+    assert!(twice(slow.heads, slower.heads) && twice(slow.weights, slower.weights), "{slow:?}, {slower:?}");
 }
 
 #[test]
@@ -93,7 +122,7 @@ fn ranks_send_what_is_planned() {
         for (sequence, data) in [(2, 1), (3, 1), (6, 1), (1, 2), (2, 2)] {
             for forced in [Forced::default(), slots(2), kept(2, 1, 2), kept(1, 3, 3), kept(5, 5, 5)] {
                 let (ranks, tokens) = (Ranks { sequence, data }, 48);
-                let plan = plan(&config, ranks, tokens, forced);
+                let plan = planned(&config, ranks, tokens, forced);
                 let Traffic { weights, gradients, heads } = traffic(&config, &plan, WIDTHS);
                 let n = ranks.world();
                 // And labels are counted, and two sums made of what all have.

@@ -263,9 +263,9 @@ impl Device {
         Ok(())
     }
 
-    /// A mark on the compute stream that keeps the time it was reached.
-    pub fn mark(&self) -> Result<CudaEvent> {
-        self.compute.record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver("record an event"))
+    /// A mark on a stream that keeps the time it was reached.
+    pub fn mark(&self, stream: Stream) -> Result<CudaEvent> {
+        self.stream(stream).record_event(Some(CUevent_flags::CU_EVENT_DEFAULT)).map_err(driver("record an event"))
     }
 
     /// Seconds between two marks, by the device's own clock. Waits for the second.

@@ -31,7 +31,7 @@ use cudarc::driver::CudaEvent;
 use self::{cudnn::Attention, gemm::Gemm, kernels::Kernels, profile::Profile};
 pub use self::{
     device::Device,
-    profile::{Part, Profiled},
+    profile::{Part, Profiled, Span},
 };
 use super::{
     AdamW, AttentionGrads, AttentionSaved, Backend, DType, Heads, OptimizerState, Stream, Tensor, Window, resident,
