@@ -2,7 +2,7 @@
 //!
 //! | room | what it saves | price | with one rank or tile |
 //! |---|---|---|---|
-//! | `ulysses` | rows and heads of the other ranks | q, k, v, o and their gradients cross between ranks | is `layers::attention` |
+//! | `ulysses` | rows and heads of the other ranks | q, k, v, o and their gradients cross between ranks, beside the work on other chunks | is `layers::attention` |
 //! | `tiled_mlp` | gate, up, activation of all rows but one tile | none: rows are independent | is `layers::mlp` |
 //! | `tiled_loss` | logits of all rows but one tile | none: gradients are made in the forward pass | is `layers::loss` |
 //! | `checkpoint_offload` | every layer's intermediates, and most layer inputs | a forward per rebuilt layer, or link and disk traffic | keeps every input in place |

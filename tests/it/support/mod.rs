@@ -1,6 +1,5 @@
 //! What several tests need: folders that clean up after themselves, a private Postgres for the whole run, small models,
-//! sessions on any device, a backend that watches its
-//! streams, the service in process, jobs and checkpoints in the store.
+//! sessions on any device, a backend that watches its streams, the service in process, jobs and checkpoints in the store.
 
 pub mod database;
 pub mod form;
