@@ -134,14 +134,10 @@ impl Store {
     pub async fn list_events(&self, job: &JobId, page: &Page) -> Result<Option<Listed<StoredEvent>>, Error> {
         let before = match &page.after {
             None => i64::MAX,
-            Some(id) => {
-                let seq =
-                    sqlx::query_scalar!("SELECT seq FROM job_events WHERE job_id = $1 AND id = $2", job.as_str(), id);
-                match seq.fetch_optional(&self.pool).await? {
-                    None => return Ok(None),
-                    Some(seq) => seq,
-                }
-            }
+            Some(id) => match self.event_position(job, id).await? {
+                None => return Ok(None),
+                Some(seq) => seq,
+            },
         };
         let rows = sqlx::query_as!(
             StoredEvent,
@@ -155,5 +151,25 @@ impl Store {
         .fetch_all(&self.pool)
         .await?;
         Ok(Some(page.listed(rows)))
+    }
+
+    /// Events of a job after position `seq`, oldest first, at most `limit`.
+    pub async fn events_after(&self, job: &JobId, seq: i64, limit: u32) -> Result<Vec<StoredEvent>, Error> {
+        let rows = sqlx::query_as!(
+            StoredEvent,
+            r#"SELECT id, seq, level, type AS kind, message, data,
+                extract(epoch FROM created_at)::bigint AS "created_at!"
+               FROM job_events WHERE job_id = $1 AND seq > $2 ORDER BY seq LIMIT $3"#,
+            job.as_str(),
+            seq,
+            i64::from(limit),
+        );
+        Ok(rows.fetch_all(&self.pool).await?)
+    }
+
+    /// Position of an event in its job's story.
+    pub async fn event_position(&self, job: &JobId, id: &str) -> Result<Option<i64>, Error> {
+        let seq = sqlx::query_scalar!("SELECT seq FROM job_events WHERE job_id = $1 AND id = $2", job.as_str(), id);
+        Ok(seq.fetch_optional(&self.pool).await?)
     }
 }

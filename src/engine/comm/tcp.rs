@@ -34,7 +34,7 @@ pub struct Heartbeat {
 
 impl Default for Heartbeat {
     fn default() -> Self {
-        Self { interval: Duration::from_secs(1), patience: Duration::from_secs(10) }
+        Self { interval: Duration::from_secs(1), patience: Duration::from_secs(5) }
     }
 }
 
