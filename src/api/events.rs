@@ -105,17 +105,12 @@ pub async fn list_events(
 
 fn accepts_stream(headers: &HeaderMap) -> bool {
     let accepted = headers.get_all(header::ACCEPT).into_iter().filter_map(|value| value.to_str().ok());
-    accepted.flat_map(|value| value.split(',')).any(|kind| {
-        kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream"))
-    })
+    accepted
+        .flat_map(|value| value.split(','))
+        .any(|kind| kind.split(';').next().is_some_and(|kind| kind.trim().eq_ignore_ascii_case("text/event-stream")))
 }
 
-async fn stream_events(
-    api: Api,
-    job: JobId,
-    headers: &HeaderMap,
-    after: Option<String>,
-) -> Result<Response, ApiError> {
+async fn stream_events(api: Api, job: JobId, headers: &HeaderMap, after: Option<String>) -> Result<Response, ApiError> {
     let last = headers.get(LAST_EVENT_ID).and_then(|id| id.to_str().ok()).filter(|id| !id.is_empty());
     let seen = match last.or(after.as_deref()) {
         None => 0,
@@ -151,11 +146,7 @@ impl Tail {
 
     /// Every event from these on, until the job ends or the server does. A database that is away ends the stream too: the client
     /// comes again, with what it has seen.
-    fn stream(
-        self,
-        first: Vec<StoredEvent>,
-        ended: bool,
-    ) -> impl Stream<Item = Result<sse::Event, Infallible>> {
+    fn stream(self, first: Vec<StoredEvent>, ended: bool) -> impl Stream<Item = Result<sse::Event, Infallible>> {
         let looks = stream::unfold(Some((self, Some((first, ended)))), |state| async {
             let (mut tail, found) = state?;
             let (events, ended) = match found {

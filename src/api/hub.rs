@@ -327,8 +327,8 @@ mod tests {
 
     fn of(model_name: &str) -> String {
         repository_of(&Checkpoint {
-            id: "ftckpt_a".parse().unwrap(),
-            job: "ftjob-Zz19".parse().unwrap(),
+            id: "ftckpt_a".parse().expect("an id"),
+            job: "ftjob-Zz19".parse().expect("an id"),
             step: 3,
             model_name: model_name.to_owned(),
             last: true,
@@ -350,7 +350,7 @@ mod tests {
 
     #[test]
     fn a_commit_looks_like_one_of_git() {
-        let commit = commit(&"ftckpt_a".parse().unwrap());
+        let commit = commit(&"ftckpt_a".parse().expect("an id"));
         assert!(commit.len() == 40 && commit.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b)));
     }
 }

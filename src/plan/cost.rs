@@ -53,22 +53,28 @@ fn half_speed_tokens(device: DeviceKind) -> f64 {
 
 /// Share of its best rate that attention reaches, by chunk. The pairs of a chunk with itself are a triangle, slow when it is
 /// small; those with the keys before it a rectangle, slow when the chunk's queries and their sums leave the cache (measured on
-/// a Hopper card: chunks of 32K against 128K keys take 5 % longer than chunks of 16K).
-fn attention_efficiency(device: DeviceKind, tokens: f64, chunk: f64) -> f64 {
-    let half = half_speed_tokens(device);
+/// a Hopper card: chunks of 32K against 128K keys take 5 % longer than chunks of 16K). Ranks that share a sequence have fewer
+/// heads each: their queries fit the cache for longer, and small chunks cost them more (two Hopper cards: chunks of 8K against
+/// 128K keys take 3 % longer than chunks of 16K).
+fn attention_efficiency(device: DeviceKind, tokens: f64, chunk: f64, sequence_ranks: u64) -> f64 {
+    let alone = half_speed_tokens(device);
     match device {
-        DeviceKind::Cpu => chunk / (chunk + half),
+        DeviceKind::Cpu => chunk / (chunk + alone),
         DeviceKind::Cuda => {
+            let half = if sequence_ranks == 1 { alone } else { HALF_SPEED_SHARED };
             let triangles = chunk / tokens;
+            let in_cache = 1.0 + chunk / sequence_ranks as f64 / SLOW_RECTANGLE;
             let seconds = triangles * (chunk + HALF_SPEED_TRIANGLE) / chunk
-                + (1.0 - triangles) * (1.0 + chunk / SLOW_RECTANGLE) * (chunk + half) / chunk;
+                + (1.0 - triangles) * in_cache * (chunk + half) / chunk;
             1.0 / seconds
         }
     }
 }
 
-/// Tokens of a chunk at which its triangle would take half the rate, and its rectangle twice the time.
+/// Tokens of a chunk at which its triangle would take half the rate, the rectangle of one that ranks share likewise, and any
+/// rectangle twice the time.
 const HALF_SPEED_TRIANGLE: f64 = 1100.0;
+const HALF_SPEED_SHARED: f64 = 690.0;
 const SLOW_RECTANGLE: f64 = 400_000.0;
 
 /// Speeds of one of `world` ranks while all work: those on a CPU share its cores and memory, those of a host its disk.
@@ -133,7 +139,8 @@ impl<'a> Step<'a> {
         let chunk = choice.chunk_tokens.min(tokens) as f64;
         let rows = chunk / choice.ranks.sequence as f64;
         let gemm = rates.gemm_flops * rows / (rows + half_speed_tokens(machine.device));
-        let attention = rates.attention_flops * attention_efficiency(machine.device, tokens as f64, chunk);
+        let attention =
+            rates.attention_flops * attention_efficiency(machine.device, tokens as f64, chunk, choice.ranks.sequence);
         Self { model, machine, widths, tokens, choice, rates, gemm, attention }
     }
 

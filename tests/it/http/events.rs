@@ -138,7 +138,11 @@ async fn a_stream_tells_all_events_as_they_happen_and_ends_with_the_job() {
     assert!(done);
     let mut listed = service.get(&format!("{path}?limit=1000")).await.json()["data"].as_array().unwrap().clone();
     listed.reverse();
-    assert_eq!(told.iter().map(|(_, event)| event.clone()).collect::<Vec<_>>(), listed, "the same events, each once, in order");
+    assert_eq!(
+        told.iter().map(|(_, event)| event.clone()).collect::<Vec<_>>(),
+        listed,
+        "the same events, each once, in order"
+    );
     assert!(told.iter().all(|(id, event)| event["id"] == **id));
 
     // Whoever comes again goes on where the stream broke off, by header or by query.

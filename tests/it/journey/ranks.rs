@@ -85,12 +85,9 @@ fn ranks_are_one_and_whichever_is_lost_the_job_goes_on() {
     }
     assert_eq!(result(&server, &job), undisturbed);
     let log = server.process.log();
-    for said in [
-        "rank 2 of 4 died: signal: 9",
-        "rank 1 at 127.0.0.1:",
-        "has been silent for 5s",
-        "rank 0 of 4 died: signal: 9",
-    ] {
+    for said in
+        ["rank 2 of 4 died: signal: 9", "rank 1 at 127.0.0.1:", "has been silent for 5s", "rank 0 of 4 died: signal: 9"]
+    {
         assert!(log.contains(said), "{said}: {log}");
     }
     let interruptions = server.story(&job).iter().filter(|line| line.contains("was interrupted")).count();
