@@ -131,6 +131,9 @@ pub struct Executor {
     /// Seconds that a look for GPUs may take before it is given up and tried again
     #[arg(long, env = "LONGHAUL_MACHINE_TIMEOUT", default_value = "60", value_parser = seconds, value_name = "SECONDS")]
     pub machine_timeout: Duration,
+    /// Name or address under which other hosts reach this one, for jobs that take several hosts; the host's name by default
+    #[arg(long, env = "LONGHAUL_ADDRESS", value_name = "HOST")]
+    pub address: Option<String>,
     #[command(flatten)]
     pub sizes: Sizes,
     #[command(flatten)]

@@ -45,6 +45,8 @@ fn fits_somewhere(hosts: &[Host], model: &str, training: &TrainingSpec) -> Resul
     if candidates.is_empty() {
         return Err(no_device(wanted));
     }
+    // For the length asked for, or for a short one where the data decides the length.
+    let tokens = training.sequence_length.unwrap_or(PADDING).next_multiple_of(PADDING);
     let mut nearest: Option<plan::Refusal> = None;
     let mut unfit: Option<(u64, Invalid)> = None;
     for (machine, config) in &candidates {
@@ -55,7 +57,7 @@ fn fits_somewhere(hosts: &[Host], model: &str, training: &TrainingSpec) -> Resul
             unfit = unfit.filter(|(devices, _)| *devices >= most).or(Some((most, refusal)));
             continue;
         }
-        match ask_for_plan(config, training, machine) {
+        match plan::devices::fewest_or_why(&plan::Request::of(config, training, machine, tokens)) {
             Ok(_) => return Ok(notes(config, training)),
             Err(refusal) if nearest.as_ref().is_none_or(|other| refusal.longest_tokens > other.longest_tokens) => {
                 nearest = Some(refusal);
@@ -63,13 +65,28 @@ fn fits_somewhere(hosts: &[Host], model: &str, training: &TrainingSpec) -> Resul
             Err(_) => {}
         }
     }
+    if let Some(notes) = fits_across(&candidates, training, tokens) {
+        return Ok(notes);
+    }
     Err(nearest.map_or_else(|| unfit.map_or_else(|| no_device(wanted), |(_, refusal)| refusal), Invalid::from))
 }
 
-/// One plan for the devices of a host: for the length asked for, or for a short one where the data decides the length.
-fn ask_for_plan(model: &ModelConfig, training: &TrainingSpec, machine: &Machine) -> Result<plan::Plan, plan::Refusal> {
-    let tokens = training.sequence_length.unwrap_or(PADDING).next_multiple_of(PADDING);
-    plan::devices::fewest(&plan::Request::of(model, training, machine, tokens))
+/// Whether hosts carry together what none does alone: those with devices of a kind, the largest first.
+fn fits_across(candidates: &[(Machine, &ModelConfig)], training: &TrainingSpec, tokens: u64) -> Option<Vec<Event>> {
+    let same = |a: &Machine, b: &Machine| {
+        a.device == b.device && (a.device == DeviceKind::Cpu || a.device_name == b.device_name)
+    };
+    let kinds = candidates
+        .iter()
+        .enumerate()
+        .filter(|(place, (first, _))| !candidates[..*place].iter().any(|(earlier, _)| same(earlier, first)));
+    kinds.map(|(_, first)| first).find_map(|(first, config)| {
+        let alike = candidates.iter().filter(|(machine, _)| same(machine, first));
+        let mut hosts: Vec<Machine> = alike.map(|(machine, _)| machine.clone()).collect();
+        hosts.sort_by_key(|machine| std::cmp::Reverse(machine.all_devices()));
+        let fits = config.check_on(first.device).and_then(|()| training.check_ranks(config)).is_ok();
+        fits.then(|| plan::devices::across(config, training, &hosts, tokens)).flatten().map(|_| notes(config, training))
+    })
 }
 
 /// Hosts that have the model, each with the model's numbers.

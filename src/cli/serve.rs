@@ -170,7 +170,12 @@ fn executor_settings(places: &config::Places, args: &config::Executor) -> io::Re
         libraries: args.devices.libraries.iter().map(|folder| absolute(folder)).collect(),
         machine_file: absolute(&args.devices.machine_file(&places.data)),
         look: args.machine_timeout,
+        address: args.address.clone().unwrap_or_else(own_name),
     })
+}
+
+fn own_name() -> String {
+    rustix::system::uname().nodename().to_string_lossy().into_owned()
 }
 
 /// Trainers work in folders of their own, so no path may hang on the current one.

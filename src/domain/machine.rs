@@ -68,6 +68,9 @@ pub struct Network {
     pub link_bytes: f64,
 }
 
+/// What a device sends to other hosts where nobody has measured it: 10 Gbit/s.
+const NETWORK_BYTES: f64 = 1.25e9;
+
 impl Machine {
     /// Devices of all hosts.
     pub fn all_devices(&self) -> u64 {
@@ -92,6 +95,21 @@ impl Machine {
             disk_bytes: part(self.disk_bytes),
             ..self.clone()
         }
+    }
+
+    /// Devices of a kind on several hosts, `each` of every host: as much memory a device as the smallest has, and beside it as
+    /// much of a host. `None` without hosts.
+    pub fn across(hosts: &[Self], each: u32) -> Option<Self> {
+        let hosts: Vec<Self> = hosts.iter().map(|host| host.some(each.into())).collect();
+        let least = |of: fn(&Self) -> u64| hosts.iter().map(of).min();
+        Some(Self {
+            n_devices: each,
+            network: Some(Network { n_hosts: hosts.len() as u32, link_bytes: NETWORK_BYTES }),
+            device_bytes: least(|host| host.device_bytes)?,
+            host_bytes: least(|host| host.host_bytes)?,
+            disk_bytes: least(|host| host.disk_bytes)?,
+            ..hosts.first()?.clone()
+        })
     }
 
     /// Devices of one host that one plan may take together: as much memory a device as the smallest has, and of the host's

@@ -74,6 +74,17 @@ impl Place {
     }
 }
 
+/// What another host is asked for in a run: `n` of its ranks from `first` on.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Part {
+    pub first: u64,
+    pub n: u64,
+    pub of: Ranks,
+    /// As all ranks of the run are planned, on whichever host.
+    pub machine: Machine,
+    pub token: Token,
+}
+
 /// A secret of one attempt's ranks. No log shows it.
 #[derive(Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]

@@ -3,7 +3,7 @@
 //! Whatever happens ends in one of two ways: the job is settled under the lease's epoch, or the lease is lost and nothing more
 //! is written. The trainers are gone in both.
 
-use std::{sync::Arc, time::Duration};
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use tokio::time::{Instant, sleep_until, timeout};
 
@@ -13,10 +13,10 @@ use super::{
     group::Group,
     lease::{self, Lease},
     prepare::{self, retry, with_causes},
-    tell,
+    span, tell,
 };
 use crate::{
-    domain::JobStatus,
+    domain::{JobId, JobStatus},
     store::queue::{Claim, Settlement, Wish, Work},
     trainer::protocol::Report,
 };
@@ -39,7 +39,7 @@ pub(super) async fn run(context: &Arc<Context>, claim: &Claim, seat: &Seat, aske
     // Nothing is renewed any more, so a settlement that takes too long changes nothing.
     drop(lease);
     let Some(settlement) = settlement else {
-        clear(context, claim).await;
+        let_go(context, claim, seat).await;
         return true;
     };
     tracing::info!(job = %claim.job, epoch = claim.epoch, ?settlement, "letting go");
@@ -50,38 +50,51 @@ pub(super) async fn run(context: &Arc<Context>, claim: &Claim, seat: &Seat, aske
         Ok(Err(error)) => tracing::error!(job = %claim.job, error = with_causes(&error), "the job was not settled"),
         Err(_) => tracing::error!(job = %claim.job, "the job was not settled: the database stayed away"),
     }
-    clear(context, claim).await;
+    let_go(context, claim, seat).await;
     !matches!(settlement, Settlement::Retry { .. })
 }
 
+async fn let_go(context: &Context, claim: &Claim, seat: &Seat) {
+    if !seat.others.is_empty() {
+        span::take_back(context, &claim.job).await;
+    }
+    clear(context, &claim.job).await;
+}
+
 /// Lets go of the job's folder: it is removed unless this host works on the job again already, or most likely will.
-async fn clear(context: &Context, claim: &Claim) {
+pub(super) async fn clear(context: &Context, id: &JobId) {
     let mut held = context.held.lock().await;
-    if let Some(own) = held.iter().position(|job| *job == claim.job) {
+    if let Some(own) = held.iter().position(|job| job == id) {
         held.swap_remove(own);
     }
-    let job = context.store.job(&claim.job).await;
+    let job = context.store.job(id).await;
     let goes_on = job.is_ok_and(|job| job.is_some_and(|job| job.status == JobStatus::Queued));
-    if goes_on || held.contains(&claim.job) {
+    if goes_on || held.contains(id) {
         return;
     }
-    if let Err(error) = prepare::remove(&prepare::folder(context, &claim.job)).await {
-        tracing::warn!(job = %claim.job, %error, "the job's folder was left behind");
+    if let Err(error) = prepare::remove(&prepare::folder(context, id)).await {
+        tracing::warn!(job = %id, %error, "the job's folder was left behind");
     }
 }
 
 /// Everything between the claim and the settlement.
 async fn hold(context: &Arc<Context>, claim: &Claim, seat: &Seat, lease: &mut Lease) -> Settlement {
+    let prepared = async {
+        let run = prepare::prepare(context, claim, seat).await?;
+        span::ready(context, claim, seat).await?;
+        Ok(run)
+    };
     let prepared = tokio::select! {
-        prepared = prepare::prepare(context, claim, seat) => prepared,
+        prepared = prepared => prepared,
         () = context.stop.cancelled() => return Settlement::Released,
         _ = lease.wished() => return Settlement::Released,
     };
     let run = match prepared {
         Ok(run) => run,
-        Err(error) => return error.into(),
+        Err(settlement) => return settlement,
     };
-    match Group::start(context.settings.program.clone(), run, seat.gpus.clone(), lease.deadline.clone()) {
+    let ranks = (seat.here.clone(), seat.gpus.clone());
+    match Group::start(context.settings.program.clone(), run, ranks, lease.deadline.clone()) {
         Ok(trainers) => {
             Conversation { context, claim, seat, trainers, sequence_length: None, until: None }.listen(lease).await
         }
@@ -104,6 +117,7 @@ struct Conversation<'a> {
 impl Conversation<'_> {
     /// Listens until the trainers have said their last word, or are ended.
     async fn listen(mut self, lease: &mut Lease) -> Settlement {
+        let mut gone = pin!(span::gone(self.context, self.claim, self.seat));
         loop {
             let stopping = self.until.is_some();
             tokio::select! {
@@ -116,6 +130,10 @@ impl Conversation<'_> {
                     if let Some(settlement) = self.heard(report).await {
                         return settlement;
                     }
+                }
+                why = &mut gone => {
+                    self.trainers.kill().await;
+                    return retry(why);
                 }
                 wish = lease.wished(), if !stopping => {
                     let (checkpoint, grace) = match wish {
@@ -138,6 +156,7 @@ impl Conversation<'_> {
 
     /// Acts on what came.
     async fn heard(&mut self, report: Report) -> Option<Settlement> {
+        let report = span::nearest(self.context, self.claim, self.seat, report).await;
         match tell::tell(self.context, self.claim, self.seat, &report).await {
             Ok(true) => {}
             Ok(false) => {

@@ -4,7 +4,7 @@
 //! looks while a GPU trains. It would take memory that the trainer's plan counts on, and find little of the memory free; a
 //! GPU that fails then fails its trainer, and that is followed by a look.
 
-use std::{process::Stdio, time::Duration};
+use std::{ops::Range, process::Stdio, time::Duration};
 
 use rustix::process::{Pid, Signal, kill_process_group};
 use tokio::{
@@ -16,9 +16,9 @@ use tokio::{
 use super::{Context, Settings};
 use crate::{
     domain::{
-        Machine,
-        machine::{DeviceKind, Found, alike},
-        run::Ranks,
+        ExecutorId, Machine,
+        machine::{DeviceKind, Found},
+        run::{Place, Ranks},
     },
     store::queue::ANY_DEVICE,
 };
@@ -46,9 +46,21 @@ pub(super) struct Devices {
 pub(super) struct Seat {
     /// All of its devices.
     pub machine: Machine,
-    /// Which GPUs, by rank; none on the CPU.
-    pub gpus: Vec<usize>,
     pub ranks: Ranks,
+    /// Those of them that are on this host.
+    pub here: Range<u64>,
+    /// Their GPUs, in their order; none on the CPU.
+    pub gpus: Vec<usize>,
+    /// Which ranks other hosts are called for, and where and how all of them meet; where there are such.
+    pub others: Vec<(ExecutorId, Range<u64>)>,
+    pub place: Option<Place>,
+}
+
+impl Seat {
+    /// A seat whose ranks are all on this host.
+    pub(super) fn here(machine: Machine, ranks: Ranks, gpus: Vec<usize>) -> Self {
+        Self { machine, ranks, here: 0..ranks.world(), gpus, others: Vec::new(), place: None }
+    }
 }
 
 /// Devices that nobody trains on.
@@ -82,6 +94,11 @@ impl Devices {
         free
     }
 
+    /// Places of free devices among [`Self::machines`].
+    pub(super) fn places(&self, free: &Free) -> Vec<usize> {
+        free.gpus.iter().copied().chain(free.cpu.then_some(self.gpus.len())).collect()
+    }
+
     /// What these devices can do for jobs, as [`crate::store::queue::Claimant`] says it.
     pub(super) fn wishes(&self, free: &Free) -> Vec<String> {
         let has = |device: DeviceKind| match device {
@@ -97,16 +114,6 @@ impl Devices {
     /// What a job trains on that wants this device, or any.
     pub(super) fn kind_for(&self, wanted: Option<DeviceKind>) -> DeviceKind {
         wanted.unwrap_or(if self.had.is_empty() { DeviceKind::Cpu } else { DeviceKind::Cuda })
-    }
-
-    /// Where the data of a job is inspected: for the devices that could train it, of which none is opened.
-    pub(super) fn desk(&self, wanted: Option<DeviceKind>) -> Option<Seat> {
-        let machines = match self.kind_for(wanted) {
-            DeviceKind::Cpu => vec![self.cpu.clone()],
-            DeviceKind::Cuda => alike(&self.gpus, Some(DeviceKind::Cuda)),
-        };
-        let most = machines.into_iter().max_by_key(|machine| machine.device_bytes * machine.all_devices())?;
-        Some(Seat { machine: most, gpus: Vec::new(), ranks: Ranks::ONE })
     }
 }
 

@@ -1,10 +1,10 @@
 //! The trainers of one attempt, a process for each rank: started, heard and ended together.
 //!
-//! Rank 0 comes first, and the others once it listens for them. It tells the run's story; of the others only how they end counts.
+//! Rank 0 comes first, and the others once it listens for them, on this host or, with ranks on several, elsewhere. It tells the run's story; of the others only how they end counts.
 //! Whichever ends before its time, hangs or fails ends all of them: those that know it say so first, since the ranks notice among
 //! themselves which of them is lost, and what is left is killed.
 
-use std::{io, path::PathBuf, time::Duration};
+use std::{io, ops::Range, path::PathBuf, time::Duration};
 
 use tokio::{
     sync::{mpsc, watch},
@@ -29,12 +29,14 @@ const HINDSIGHT: Duration = Duration::from_secs(3);
 #[derive(Debug)]
 pub(super) struct Group {
     program: PathBuf,
-    /// As rank 0 has it.
+    /// As the first of them has it.
     run: RunSpec,
-    /// GPUs by rank; none on the CPU.
+    /// Ranks on this host.
+    here: Range<u64>,
+    /// GPUs of these; none on the CPU.
     gpus: Vec<usize>,
     deadline: watch::Receiver<Instant>,
-    /// By rank.
+    /// In the order of ranks.
     members: Vec<Member>,
     tell: mpsc::Sender<(u64, Said)>,
     told: mpsc::Receiver<(u64, Said)>,
@@ -53,27 +55,35 @@ struct Member {
 }
 
 impl Group {
-    /// Starts rank 0 of the run. `gpus` are those of its ranks; new deadlines of the lease are passed on to all.
+    /// Starts rank 0 of the run, or where that is on another host, which has told its address, all ranks of this one. `gpus` are
+    /// those of the ranks `here`; new deadlines of the lease are passed on to all.
     pub(super) fn start(
         program: PathBuf,
         run: RunSpec,
-        gpus: Vec<usize>,
+        (here, gpus): (Range<u64>, Vec<usize>),
         deadline: watch::Receiver<Instant>,
     ) -> io::Result<Self> {
         let (tell, told) = mpsc::channel(READ_AHEAD);
         let (members, left) = (Vec::new(), Instant::now());
         let mut group =
-            Self { program, run, gpus, deadline, members, tell, told, left, until: None, not_started: None };
-        group.add(group.run.place.clone())?;
+            Self { program, run, here, gpus, deadline, members, tell, told, left, until: None, not_started: None };
+        let first = group.here.start;
+        for rank in if first == 0 { 0..1 } else { group.here.clone() } {
+            group.add(Place { rank, ..group.run.place.clone() })?;
+        }
         Ok(group)
     }
 
     fn add(&mut self, place: Place) -> io::Result<()> {
-        let gpu = self.gpus.get(place.rank as usize).copied().unwrap_or_default();
+        let gpu = self.gpus.get(self.index(place.rank)).copied().unwrap_or_default();
         let run = RunSpec { place, gpu, ..self.run.clone() };
         let trainer = launcher::start(&self.program, run, self.deadline.clone(), self.tell.clone())?;
         self.members.push(Member { trainer, heard: Instant::now(), end: None });
         Ok(())
+    }
+
+    fn index(&self, rank: u64) -> usize {
+        (rank - self.here.start) as usize
     }
 
     /// The next report of rank 0; or what the failure of any rank comes down to, when all are ended. Nothing is lost where this is
@@ -87,6 +97,10 @@ impl Group {
             let all_ended = self.members.iter().all(|member| member.end.is_some());
             if self.until.is_some_and(|until| all_ended || Instant::now() >= until) {
                 return self.conclude().await;
+            }
+            if all_ended {
+                // Only without rank 0, whose own last word was told before.
+                return Report::Finished { trained_tokens: 0 };
             }
             if let Some(report) = self.next().await {
                 return report;
@@ -105,9 +119,13 @@ impl Group {
         };
         let (rank, said) = told.expect("the group holds a sender of its own");
         self.left = Instant::now();
-        self.members[rank as usize].heard = self.left;
+        let index = self.index(rank);
+        self.members[index].heard = self.left;
         match said {
-            Said::Report(Report::Meeting { address }) if rank == 0 => self.gather(&address),
+            Said::Report(Report::Meeting { address }) if rank == 0 => {
+                self.gather(&address);
+                return Some(Report::Meeting { address });
+            }
             Said::Report(report) => match End::of(&report) {
                 Some(end) if end.is_failure() || rank > 0 => self.note(rank, end),
                 _ if rank == 0 => return Some(report),
@@ -123,13 +141,14 @@ impl Group {
     fn quietest(&self) -> (u64, Instant) {
         let here = self.members.iter().enumerate().filter(|(_, member)| member.end.is_none());
         let quietest = here.min_by_key(|(_, member)| member.heard);
-        let (rank, heard) = quietest.map_or((0, self.left), |(rank, member)| (rank as u64, member.heard));
-        (rank, heard + SILENCE)
+        let (index, heard) = quietest.map_or((0, self.left), |(index, member)| (index as u64, member.heard));
+        (self.here.start + index, heard + SILENCE)
     }
 
     /// Keeps how a rank ended. Its first word about it counts: whoever has said the last one may go.
     fn note(&mut self, rank: u64, end: End) {
-        let member = &mut self.members[rank as usize];
+        let index = self.index(rank);
+        let member = &mut self.members[index];
         if member.end.is_some() {
             return;
         }
@@ -141,7 +160,7 @@ impl Group {
 
     /// Starts the ranks after the first, which listens for them.
     fn gather(&mut self, address: &str) {
-        for rank in self.members.len() as u64..self.run.ranks.world() {
+        for rank in self.members.len() as u64..self.here.end {
             let token = self.run.place.token.clone();
             if let Err(error) = self.add(Place { rank, address: address.to_owned(), token }) {
                 self.not_started = Some((rank, End::NotStarted(error.to_string())));
@@ -159,8 +178,8 @@ impl Group {
             }
         }
         self.kill().await;
-        let ends =
-            self.members.iter().enumerate().filter_map(|(rank, member)| Some((rank as u64, member.end.clone()?)));
+        let ranked = self.members.iter().zip(self.here.start..);
+        let ends = ranked.filter_map(|(member, rank)| Some((rank, member.end.clone()?)));
         verdict(self.run.ranks.world(), ends.chain(self.not_started.clone()))
     }
 

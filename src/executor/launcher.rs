@@ -98,7 +98,10 @@ impl Trainer {
 
     /// Ends it now, also where it is stopped; does not wait until it is gone.
     pub(super) fn kill(&mut self) {
-        if let Err(error) = self.child.start_kill() {
+        // One that was waited for has no process any more.
+        if self.child.id().is_some()
+            && let Err(error) = self.child.start_kill()
+        {
             tracing::warn!(%error, "a trainer could not be killed");
         }
     }

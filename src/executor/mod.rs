@@ -16,7 +16,7 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
-use self::devices::{Devices, Looker};
+use self::devices::{Devices, Free, Looker};
 use crate::{
     domain::{ExecutorId, Invalid, JobId},
     store::{Store, hosts::NewHost, retention::GARBAGE_AGE},
@@ -26,11 +26,13 @@ mod allot;
 mod attempt;
 mod devices;
 mod group;
+mod help;
 pub mod host;
 mod launcher;
 mod lease;
 mod models;
 mod prepare;
+mod span;
 mod tell;
 mod verdict;
 mod work;
@@ -69,6 +71,8 @@ pub struct Settings {
     pub machine_file: PathBuf,
     /// How long a look for GPUs may take.
     pub look: Duration,
+    /// Name or address under which other hosts reach this one, for jobs that take several.
+    pub address: String,
 }
 
 /// Why an executor could not start.
@@ -89,6 +93,8 @@ struct Context {
     settings: Settings,
     id: ExecutorId,
     devices: watch::Sender<Devices>,
+    /// Which of them nobody trains on.
+    free: watch::Sender<Free>,
     /// Jobs that are worked on here, once for each attempt. Claims and the end of attempts go one after another under this
     /// lock, so that no job's folder is removed under the attempt that follows.
     held: Mutex<Vec<JobId>>,
@@ -105,8 +111,8 @@ pub async fn run(store: Store, settings: Settings, stop: CancellationToken) -> R
     let id = ExecutorId::random();
     tracing::info!(executor = %id, device = cpu.device_name, bytes = cpu.device_bytes, "executor started");
     let devices = watch::Sender::new(Devices::without_gpus(cpu));
-    let context =
-        Arc::new(Context { store, settings, id, devices, held: Mutex::default(), hints: Notify::new(), stop });
+    let (free, held, hints) = (watch::Sender::default(), Mutex::default(), Notify::new());
+    let context = Arc::new(Context { store, settings, id, devices, free, held, hints, stop });
     // Before anything is published or claimed: a job that takes any device must not land on the CPU for want of a look.
     let mut looker = Looker::default();
     looker.look(&context).await;
@@ -175,11 +181,13 @@ async fn listen(context: Arc<Context>) {
 
 async fn publish(context: Arc<Context>) {
     let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
-    let mut changed = context.devices.subscribe();
+    let (mut changed, mut freed) = (context.devices.subscribe(), context.free.subscribe());
     loop {
         let models = models::found(&context.settings.models_folder);
-        let machines = changed.borrow_and_update().machines();
-        let host = NewHost { executor: &context.id, hostname: &hostname, machines: &machines, models: &models };
+        let devices = changed.borrow_and_update().clone();
+        let (machines, free) = (devices.machines(), devices.places(&freed.borrow_and_update()));
+        let (executor, hostname) = (&context.id, hostname.as_str());
+        let host = NewHost { executor, hostname, machines: &machines, free: &free, models: &models };
         if let Err(error) = context.store.publish_host(&host).await {
             tracing::warn!(%error, "the host could not be published; it is tried again");
         }
@@ -187,6 +195,7 @@ async fn publish(context: Arc<Context>) {
             stopped = context.pause(PUBLISH) => if stopped { return },
             // The sender lives as long as the context.
             Ok(()) = changed.changed() => {}
+            Ok(()) = freed.changed() => {}
         }
     }
 }

@@ -95,7 +95,7 @@ pub(super) async fn prepare(context: &Context, claim: &Claim, seat: &Seat) -> Re
         sequence_length: claim.sequence_length,
         machine: seat.machine.clone(),
         ranks: seat.ranks,
-        place: Place::first(),
+        place: seat.place.clone().unwrap_or_else(Place::first),
         gpu: seat.gpus.first().copied().unwrap_or_default(),
         libraries: context.settings.libraries.clone(),
         work_dir,

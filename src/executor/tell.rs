@@ -49,6 +49,9 @@ pub(super) async fn tell(context: &Context, claim: &Claim, seat: &Seat, report: 
         Report::Step { metrics } => insist(|| store.record_step(job, epoch, metrics)).await,
         Report::Evaluation { evaluation } => insist(|| store.record_evaluation(job, epoch, evaluation)).await,
         Report::Checkpoint { checkpoint } => keep(context, claim, seat, checkpoint).await,
+        Report::Meeting { address } if !seat.others.is_empty() => {
+            insist(|| store.tell_meeting(job, epoch, address)).await
+        }
         Report::Alive
         | Report::Meeting { .. }
         | Report::Finished { .. }

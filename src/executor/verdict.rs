@@ -42,7 +42,7 @@ impl End {
 
     /// The nearest to the cause first. What is wrong with the input is told as such, whichever rank noticed; a process that ends
     /// without a word was ended by something else, and whoever follows another's end says so.
-    fn distance(&self) -> u32 {
+    pub(super) fn distance(&self) -> u32 {
         match self {
             Self::Refused(_) => 0,
             Self::NotStarted(_) => 1,
@@ -62,7 +62,7 @@ impl End {
             Self::Died(how) => broken(format!("{who} died: {how}")),
             Self::Garbage(line) => broken(format!("{who} did not keep to the protocol: {line}")),
             // The message names the rank that was lost.
-            Self::Broken { message, lost: Some(_) } => broken(message),
+            Self::Broken { message, lost: lost @ Some(_) } => Report::Broken { message, lost },
             Self::Broken { message, lost: None } => broken(format!("{who}: {message}")),
             Self::Silent(patience) => broken(format!("{who} said nothing for {} s and was ended", patience.as_secs())),
             Self::Well => broken(format!("{who} ended before the others")),

@@ -11,21 +11,23 @@ use tokio::{
 
 use super::{
     Context,
-    allot::{self, Situation},
+    allot::{self, Other, Situation},
     attempt,
-    devices::{Looker, Seat},
-    models,
+    devices::{Devices, Free, Looker, Seat},
+    help, models, span,
 };
 use crate::{
     domain::{JobId, machine::DeviceKind},
     store::{
         Error,
+        calls::Call,
+        hosts::Host,
         queue::{Claim, Claimant, Queued, Settlement, Work},
     },
 };
 
 /// Pause between two looks for work where no hint comes.
-const POLL: Duration = Duration::from_secs(2);
+pub(super) const POLL: Duration = Duration::from_secs(2);
 /// How long a GPU on which an attempt failed is left alone while others train and nobody can look at it: one that is broken
 /// would go through the queue in minutes.
 const REST: Duration = Duration::from_mins(10);
@@ -35,6 +37,37 @@ struct Taken {
     claim: Claim,
     seat: Seat,
     asked: std::time::Instant,
+}
+
+/// What a host's devices are taken for.
+enum Training {
+    /// A claim, on this host alone.
+    Claimed(Box<Taken>),
+    /// A job to be claimed once other hosts have taken their ranks of it.
+    Leading(JobId, Box<Seat>),
+    /// Ranks of a job that another host leads, since when.
+    Helping(Box<Call>, Box<Seat>, std::time::Instant),
+}
+
+impl Training {
+    fn seat(&self) -> &Seat {
+        match self {
+            Self::Claimed(taken) => &taken.seat,
+            Self::Leading(_, seat) | Self::Helping(_, seat, _) => seat,
+        }
+    }
+
+    /// False when it failed for a reason that may lie with the devices.
+    async fn run(self, context: &Arc<Context>) -> bool {
+        match self {
+            Self::Claimed(taken) => attempt::run(context, &taken.claim, &taken.seat, taken.asked).await,
+            Self::Leading(job, mut seat) => match span::gather(context, &job, &mut seat).await {
+                Some((claim, asked)) => attempt::run(context, &claim, &seat, asked).await,
+                None => true,
+            },
+            Self::Helping(call, seat, taken) => help::run(context, &call, &seat, taken).await,
+        }
+    }
 }
 
 /// Inspects one job's data after another, each for the devices that could train it. None is opened for that.
@@ -66,10 +99,16 @@ pub(super) async fn train(context: Arc<Context>, mut looker: Looker) {
             resting.clear();
         }
         resting.retain(|_, end| Instant::now() < *end);
-        if let Some(taken) = take_training(&context, seats.values(), &resting, &mut in_vain).await {
-            let (seat, context) = (taken.seat.clone(), Arc::clone(&context));
-            let work = async move { attempt::run(&context, &taken.claim, &taken.seat, taken.asked).await };
-            seats.insert(running.spawn(work).id(), seat);
+        let mut free = context.devices.borrow().free(seats.values());
+        free.gpus.retain(|gpu| !resting.contains_key(gpu));
+        context.free.send_if_modified(|old| std::mem::replace(old, free.clone()) != free);
+        let training = match take_call(&context, &free).await {
+            None => take_training(&context, free, &resting, &mut in_vain).await,
+            call => call,
+        };
+        if let Some(training) = training {
+            let (seat, context) = (training.seat().clone(), Arc::clone(&context));
+            seats.insert(running.spawn(async move { training.run(&context).await }).id(), seat);
             continue;
         }
         tokio::select! {
@@ -99,9 +138,14 @@ fn finished<T>(ended: Result<(Id, T), JoinError>) -> (Id, T) {
 /// Claims the next job whose data this host can inspect, if there is any.
 async fn take_inspection(context: &Context) -> Option<Taken> {
     let devices = context.devices.borrow().clone();
-    let wishes = devices.wishes(&devices.free([]));
-    let (claim, asked) = claim(context, Work::Inspect, &wishes, None).await?;
-    if let Some(seat) = devices.desk(claim.training.wanted_device()) {
+    let free = devices.free([]);
+    let (claim, asked) = claim(context, Work::Inspect, &devices.wishes(&free), None).await?;
+    let hosts = context.store.live_hosts().await.unwrap_or_default();
+    let situation = situation(context, devices, free, Vec::new(), hosts);
+    let (job, model, training) = (claim.job.clone(), claim.model.clone(), claim.training.clone());
+    let queued = Queued { job, model, training, sequence_length: None };
+    let desk = spawn_blocking(move || allot::desk(&situation, &queued)).await;
+    if let Some(seat) = desk.unwrap_or_else(|error| panic::resume_unwind(error.into_panic())) {
         return Some(Taken { claim, seat, asked });
     }
     // The wishes were those of these devices, so this is a job of a newer version's making.
@@ -113,48 +157,76 @@ async fn take_inspection(context: &Context) -> Option<Taken> {
     None
 }
 
-/// Claims the next job that can train beside those in these seats, if there is any. What was looked through `in_vain` is not looked
-/// through again.
+/// Takes ranks of a job that another host leads, if one calls for what is free here.
+async fn take_call(context: &Context, free: &Free) -> Option<Training> {
+    let unheard = |error: Error| tracing::warn!(%error, "calls for ranks could not be looked for; it is tried again");
+    let call = context.store.next_call(&context.id).await.map_err(unheard).ok()??;
+    let seat = help::seat(&context.devices.borrow(), free, &call.part)?;
+    let taken = std::time::Instant::now();
+    let mut held = context.held.lock().await;
+    if !context.store.take_call(call.id, context.settings.lease).await.map_err(unheard).ok()? {
+        return None;
+    }
+    held.push(call.job.clone());
+    Some(Training::Helping(Box::new(call), Box::new(seat), taken))
+}
+
+/// Claims the next job that can train on what is free, if there is any; or finds one that could, together with other hosts. What was
+/// looked through `in_vain` is not looked through again.
 async fn take_training(
     context: &Context,
-    seats: impl Iterator<Item = &Seat>,
+    free: Free,
     resting: &HashMap<usize, Instant>,
     in_vain: &mut Option<(Situation, Vec<Queued>)>,
-) -> Option<Taken> {
+) -> Option<Training> {
     let devices = context.devices.borrow().clone();
-    let mut free = devices.free(seats);
-    free.gpus.retain(|gpu| !resting.contains_key(gpu));
     let wishes = devices.wishes(&free);
     if wishes.is_empty() {
         return None;
     }
-    let models = models::found(&context.settings.models_folder);
-    let names: Vec<String> = models.iter().map(|model| model.name.clone()).collect();
+    let names = model_names(context);
     let looked = async {
-        let by = claimant(context, &names, &wishes, None);
-        let queued = context.store.queued_jobs(&by).await?;
+        let queued = context.store.queued_jobs(&claimant(context, &names, &wishes, None)).await?;
         let hosts = if queued.is_empty() { Vec::new() } else { context.store.live_hosts().await? };
         Ok::<_, Error>((queued, hosts))
     };
-    let (queued, hosts) =
-        looked.await.map_err(|error| tracing::warn!(%error, "no work could be looked for; it is tried again")).ok()?;
-    let hosts = hosts.into_iter().filter(|host| host.executor != context.id).map(|host| (host.machines, host.models));
+    let unheard = |error: Error| tracing::warn!(%error, "no work could be looked for; it is tried again");
+    let (queued, hosts) = looked.await.map_err(unheard).ok()?;
     let mut resting: Vec<usize> = resting.keys().copied().collect();
     resting.sort_unstable();
-    let situation = Situation { devices, free, resting, models, hosts: hosts.collect() };
+    let situation = situation(context, devices, free, resting, hosts);
     if queued.is_empty() || in_vain.as_ref().is_some_and(|(old, jobs)| *old == situation && *jobs == queued) {
         return None;
     }
     // Planning is arithmetic, but a good deal of it.
-    let choose = move || (allot::next(&situation, &queued), situation, queued);
-    let (chosen, situation, queued) =
-        spawn_blocking(choose).await.unwrap_or_else(|error| panic::resume_unwind(error.into_panic()));
+    let chosen = spawn_blocking(move || (allot::next(&situation, &queued), situation, queued)).await;
+    let (chosen, situation, queued) = chosen.unwrap_or_else(|error| panic::resume_unwind(error.into_panic()));
     let Some((place, seat)) = chosen else {
         *in_vain = Some((situation, queued));
         return None;
     };
-    let (claim, asked) = claim(context, Work::Train, &wishes, Some(&queued[place].job)).await?;
-    Some(Taken { claim, seat, asked })
+    let job = queued[place].job.clone();
+    if !seat.others.is_empty() {
+        return Some(Training::Leading(job, Box::new(seat)));
+    }
+    let (claim, asked) = claim(context, Work::Train, &wishes, Some(&job)).await?;
+    Some(Training::Claimed(Box::new(Taken { claim, seat, asked })))
+}
+
+fn situation(context: &Context, devices: Devices, free: Free, resting: Vec<usize>, hosts: Vec<Host>) -> Situation {
+    let other = |Host { executor, machines, free, models, .. }| Other { executor, machines, free, models };
+    let hosts = hosts.into_iter().filter(|host| host.executor != context.id).map(other).collect();
+    Situation { devices, free, resting, models: models::found(&context.settings.models_folder), hosts }
+}
+
+/// Claims a job for which other hosts have taken their ranks.
+pub(super) async fn claim_called(context: &Context, job: &JobId) -> Option<(Claim, std::time::Instant)> {
+    let devices = context.devices.borrow().clone();
+    claim(context, Work::Train, &devices.wishes(&devices.free([])), Some(job)).await
+}
+
+fn model_names(context: &Context) -> Vec<String> {
+    models::found(&context.settings.models_folder).into_iter().map(|model| model.name).collect()
 }
 
 /// Claims a job, and says when it was asked for.
@@ -167,8 +239,7 @@ async fn claim(
     if wishes.is_empty() {
         return None;
     }
-    let models: Vec<String> =
-        models::found(&context.settings.models_folder).into_iter().map(|model| model.name).collect();
+    let models = model_names(context);
     let asked = std::time::Instant::now();
     let mut held = context.held.lock().await;
     match context.store.claim_job(work, &claimant(context, &models, wishes, only)).await {

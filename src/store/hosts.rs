@@ -18,6 +18,8 @@ pub struct Host {
     pub version: String,
     /// One for each GPU, one for the CPU.
     pub machines: Vec<Machine>,
+    /// Places in `machines` of those that nobody trains on.
+    pub free: Vec<usize>,
     /// What its model folder holds.
     pub models: Vec<BaseModel>,
     pub started_at: i64,
@@ -30,6 +32,7 @@ pub struct NewHost<'a> {
     pub executor: &'a ExecutorId,
     pub hostname: &'a str,
     pub machines: &'a [Machine],
+    pub free: &'a [usize],
     pub models: &'a [BaseModel],
 }
 
@@ -37,14 +40,15 @@ impl Store {
     /// Publishes a host, or shows that it is still there.
     pub async fn publish_host(&self, host: &NewHost<'_>) -> Result<(), Error> {
         sqlx::query!(
-            "INSERT INTO hosts (executor_id, hostname, version, machines, models) VALUES ($1, $2, $3, $4, $5)
+            "INSERT INTO hosts (executor_id, hostname, version, machines, models, free) VALUES ($1, $2, $3, $4, $5, $6)
              ON CONFLICT (executor_id) DO UPDATE SET hostname = EXCLUDED.hostname, version = EXCLUDED.version,
-                machines = EXCLUDED.machines, models = EXCLUDED.models, seen_at = now()",
+                machines = EXCLUDED.machines, models = EXCLUDED.models, free = EXCLUDED.free, seen_at = now()",
             host.executor.as_str(),
             host.hostname,
             env!("CARGO_PKG_VERSION"),
             Json(host.machines) as _,
             Json(host.models) as _,
+            Json(host.free) as _,
         )
         .execute(&self.pool)
         .await?;
@@ -61,7 +65,7 @@ impl Store {
     pub async fn live_hosts(&self) -> Result<Vec<Host>, Error> {
         let rows = sqlx::query!(
             r#"SELECT executor_id, hostname, version, machines AS "machines: Json<Vec<Machine>>",
-                models AS "models: Json<Vec<BaseModel>>",
+                models AS "models: Json<Vec<BaseModel>>", free AS "free: Json<Vec<usize>>",
                 extract(epoch FROM started_at)::bigint AS "started_at!",
                 extract(epoch FROM seen_at)::bigint AS "seen_at!"
                FROM hosts WHERE seen_at > now() - make_interval(secs => $1) ORDER BY started_at, executor_id"#,
@@ -76,6 +80,7 @@ impl Store {
                     hostname: row.hostname,
                     version: row.version,
                     machines: row.machines.0,
+                    free: row.free.0,
                     models: row.models.0,
                     started_at: row.started_at,
                     seen_at: row.seen_at,

@@ -12,6 +12,7 @@ use sqlx::{
 };
 
 pub mod blobs;
+pub mod calls;
 pub mod checkpoints;
 pub mod events;
 pub mod files;

@@ -117,11 +117,13 @@ struct Row {
 }
 
 impl Store {
-    /// Jobs that wait for training and that the claimant can do, the next first; not more than somebody would look through.
+    /// Jobs that wait for training and that the claimant can do, the next first; not more than somebody would look through, and
+    /// without those for which an executor calls others just now.
     pub async fn queued_jobs(&self, by: &Claimant<'_>) -> Result<Vec<Queued>, Error> {
         let rows = sqlx::query!(
             r#"SELECT id, model, training AS "training: Json<TrainingSpec>", sequence_length FROM jobs
-               WHERE status = 'queued' AND run_after <= now() AND model = ANY ($2)
+               WHERE status = 'queued' AND run_after <= now() AND model = ANY ($2) AND NOT EXISTS (
+                        SELECT 1 FROM rank_calls WHERE job_id = jobs.id AND epoch IS NULL AND called_until > now())
                     AND coalesce(training ->> 'device', CASE training ->> 'precision' WHEN 'f32' THEN 'cpu' END, 'any')
                         = ANY ($1)
                ORDER BY priority DESC, seq LIMIT $3"#,

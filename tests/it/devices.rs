@@ -96,6 +96,7 @@ impl Host {
             libraries: vec!["/libraries".into()],
             machine_file: self.file("machine.json"),
             look: Duration::from_secs(2),
+            address: "127.0.0.1".into(),
         };
         self.stop = CancellationToken::new();
         self.running = Some(tokio::spawn(executor::run(self.service.store.clone(), settings, self.stop.clone())));

@@ -1,5 +1,6 @@
 //! The whole road with the real binary: upload, train, download; and whoever is killed on the way, the same weights.
 
+mod hosts;
 mod hub;
 mod ranks;
 

@@ -241,6 +241,23 @@ async fn ranks_that_the_model_or_the_device_cannot_have_are_refused() {
 }
 
 #[tokio::test]
+async fn hosts_carry_together_what_none_does_alone() {
+    let service = Service::new("together").await;
+    let file = service.upload("a.txt", b"text").await;
+    let post = async |training: Value| service.post(JOBS, &body(&file, json!({"training": training}))).await;
+    service.host_with(&[gpu(64 * GIB), gpu(64 * GIB), machine(64 * GIB)]).await;
+    let three = json!({"sequence_parallel_size": 3});
+    post(three.clone()).await.error(400, "training.sequence_parallel_size");
+    // Another kind of GPU is no help; two of the same are.
+    let other = Machine { device_name: "Other".into(), ..gpu(64 * GIB) };
+    service.host_with(&[other.clone(), other, machine(64 * GIB)]).await;
+    post(three.clone()).await.error(400, "training.sequence_parallel_size");
+    service.host_with(&[gpu(64 * GIB), gpu(64 * GIB), machine(64 * GIB)]).await;
+    post(three).await.json();
+    post(json!({"sequence_parallel_size": 6})).await.error(400, "training.sequence_parallel_size");
+}
+
+#[tokio::test]
 async fn a_sequence_too_long_is_refused_with_the_longest_that_fits() {
     let service = Service::new("long").await;
     service.host(24 << 20).await;

@@ -26,7 +26,7 @@ fn on(body: &Value, sequence: u64, data: u64) -> Value {
 }
 
 /// What was measured at each checkpoint, by step.
-fn losses(server: &Server, job: &str) -> BTreeMap<u64, BTreeMap<String, f64>> {
+pub fn losses(server: &Server, job: &str) -> BTreeMap<u64, BTreeMap<String, f64>> {
     let page = server.client.get(&format!("/v1/fine_tuning/jobs/{job}/checkpoints"), SHORT, |_| ()).unwrap();
     let checkpoints = page["data"].as_array().unwrap().iter().map(|checkpoint| {
         let metrics = checkpoint["metrics"].as_object().unwrap().iter();
@@ -34,6 +34,17 @@ fn losses(server: &Server, job: &str) -> BTreeMap<u64, BTreeMap<String, f64>> {
         (checkpoint["step_number"].as_u64().unwrap(), numbers.collect())
     });
     checkpoints.collect()
+}
+
+pub fn assert_same_losses(ours: &BTreeMap<u64, BTreeMap<String, f64>>, theirs: &BTreeMap<u64, BTreeMap<String, f64>>) {
+    assert_eq!(ours.len(), theirs.len());
+    for (step, metrics) in theirs {
+        assert!(metrics.len() > 2, "{metrics:?}");
+        for (name, value) in metrics {
+            let ours = ours[step][name];
+            assert!((ours - value).abs() <= TOLERANCE * value.abs(), "{name} at step {step}: {ours} and {value}");
+        }
+    }
 }
 
 /// The four trainers of the job, once it has come to this step: rank by rank, since one is started after another.
@@ -67,13 +78,7 @@ fn ranks_are_one_and_whichever_is_lost_the_job_goes_on() {
     assert_eq!(names(&undisturbed), names(&alone));
     let (ours, theirs) = (losses(&server, &four), losses(&server, &one));
     assert_eq!(ours.keys().collect::<Vec<_>>(), [&4, &8, &12, &16, &20, &24]);
-    for (step, metrics) in &theirs {
-        assert!(metrics.len() > 2, "{metrics:?}");
-        for (name, value) in metrics {
-            let ours = ours[step][name];
-            assert!((ours - value).abs() <= TOLERANCE * value.abs(), "{name} at step {step}: {ours} and {value}");
-        }
-    }
+    assert_same_losses(&ours, &theirs);
 
     // One is killed, then one is stopped, then rank 0 is killed.
     let job = create(&server, &body);

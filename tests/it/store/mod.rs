@@ -1,5 +1,6 @@
 //! The store's promises, against a real database.
 
+mod calls;
 mod fencing;
 mod queue;
 mod retention;
