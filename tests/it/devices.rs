@@ -224,8 +224,8 @@ async fn each_gpu_trains_one_job_and_the_cpu_trains_alone() {
 async fn a_job_on_several_gpus_is_a_trainer_for_each() {
     use DeviceKind::{Cpu, Cuda};
     let mut host = Host::new("group").await;
-    let other = Machine { device_name: "Other".into(), ..gpu(GIB) };
-    host.has(&[gpu(GIB), other, gpu(GIB), gpu(GIB)]);
+    let other = Machine { device_name: "Other".into(), ..gpu(2 * GIB) };
+    host.has(&[gpu(2 * GIB), other, gpu(2 * GIB), gpu(2 * GIB)]);
     host.start();
     host.publishes(&[Cuda, Cuda, Cuda, Cuda, Cpu]).await;
     let sizes = |sequence: u32, data: u32| json!({"sequence_parallel_size": sequence, "data_parallel_size": data, "gradient_accumulation_steps": 2});

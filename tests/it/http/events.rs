@@ -131,6 +131,7 @@ async fn a_stream_tells_all_events_as_they_happen_and_ends_with_the_job() {
         for step in 151..=300 {
             assert!(service.store.record_step(&held.job, held.epoch, &rows::step(step, 300)).await.unwrap());
         }
+        rows::checkpoint(&service.store, &service.sandbox, &held, 300, true, &[("config.json", b"{}")]).await;
         let done = Settlement::Succeeded { trained_tokens: Some(512) };
         assert!(service.store.settle_job(&held.job, held.epoch, &done).await.unwrap());
     });
