@@ -3,10 +3,7 @@
 use std::ops::Range;
 
 use super::random::Random;
-use crate::engine::model::Batch;
-
-/// Documents begin and end at multiples of this, as those of a job on a GPU do.
-const TILE: u64 = 128;
+use crate::{domain::attention_workspace::TILE_KEYS, engine::model::Batch};
 
 /// Tokens of one sequence, and which of them belong together.
 #[derive(Debug)]
@@ -40,11 +37,11 @@ impl Sequence {
     }
 }
 
-/// Documents of 1 to 2 `mean` tokens, every length as likely, rounded up to tiles; or one.
+/// Documents of 1 to 2 `mean` tokens, every length as likely, rounded up to tiles as those of a job on a GPU; or one.
 fn documents(random: &mut Random, tokens: u64, mean: Option<u64>) -> Vec<Range<u64>> {
     let (mut documents, mut start) = (Vec::new(), 0);
     while start < tokens {
-        let length = mean.map_or(tokens, |mean| (1 + random.next() % (2 * mean)).next_multiple_of(TILE));
+        let length = mean.map_or(tokens, |mean| (1 + random.next() % (2 * mean)).next_multiple_of(TILE_KEYS));
         let end = tokens.min(start + length);
         documents.push(start..end);
         start = end;
@@ -62,7 +59,7 @@ mod tests {
             let sequence = Sequence::draw(&mut Random(5), 5000, 97, mean);
             let documents = &sequence.documents;
             assert_eq!((documents[0].start, documents[documents.len() - 1].end), (0, 5000));
-            assert!(documents.windows(2).all(|pair| pair[0].end == pair[1].start && pair[0].end % TILE == 0));
+            assert!(documents.windows(2).all(|pair| pair[0].end == pair[1].start && pair[0].end % TILE_KEYS == 0));
             let unlearned = sequence.labels.iter().filter(|label| **label == -100).count();
             assert_eq!(unlearned, documents.len());
             for document in documents {

@@ -5,7 +5,7 @@ use super::heads::Heads;
 
 /// (query heads) x (keys) that one call of backward takes, as long as it takes one kv head's group at least.
 pub const BACKWARD_HEAD_KEYS: u64 = 1 << 19;
-/// Keys of a tile of the library's backward.
+/// Keys of a tile of the library's backward: chunks, and documents of jobs on a GPU, are multiples of it.
 pub const TILE_KEYS: u64 = 128;
 /// Keys of a block of backward where documents are not packed: enough that reading queries anew for each does not count.
 pub const BLOCK_KEYS: u64 = 1 << 16;

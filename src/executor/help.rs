@@ -90,7 +90,7 @@ async fn serve(
     deadline: watch::Receiver<Instant>,
 ) -> Report {
     let Some(epoch) = wait(&mut told, |told| told.epoch).await else { return broken("the leader is gone") };
-    let claim = match insist(|| context.store.called_claim(call, epoch)).await {
+    let claim = match insist(|| context.store.called_claim(&call.job, epoch)).await {
         Ok(Some(claim)) => claim,
         Ok(None) => return broken("the job has another leader"),
         Err(error) => return broken(with_causes(&error)),

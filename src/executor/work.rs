@@ -192,10 +192,13 @@ async fn take_training(
     };
     let unheard = |error: Error| tracing::warn!(%error, "no work could be looked for; it is tried again");
     let (queued, hosts) = looked.await.map_err(unheard).ok()?;
+    if queued.is_empty() {
+        return None;
+    }
     let mut resting: Vec<usize> = resting.keys().copied().collect();
     resting.sort_unstable();
     let situation = situation(context, devices, free, resting, hosts);
-    if queued.is_empty() || in_vain.as_ref().is_some_and(|(old, jobs)| *old == situation && *jobs == queued) {
+    if in_vain.as_ref().is_some_and(|(old, jobs)| *old == situation && *jobs == queued) {
         return None;
     }
     // Planning is arithmetic, but a good deal of it.

@@ -5,10 +5,7 @@
 //! one replica. Devices beyond that stand idle: more sequences a step, or more heads, would use them.
 
 use super::{Ranks, Request};
-use crate::domain::{Invalid, Machine, ModelConfig, heads, machine::DeviceKind};
-
-/// Tokens in which attention on a GPU counts: chunks begin and end at multiples of it.
-const CUDA_TOKENS: u64 = 128;
+use crate::domain::{Invalid, Machine, ModelConfig, attention_workspace::TILE_KEYS, heads, machine::DeviceKind};
 
 /// Every arrangement, those of most ranks first, and of these the largest groups first.
 pub(super) fn arrangements(request: &Request) -> Vec<Ranks> {
@@ -56,7 +53,7 @@ pub fn multiple(device: DeviceKind, sequence: u64) -> u64 {
     match (device, sequence) {
         (_, 1) => 1,
         (DeviceKind::Cpu, ranks) => ranks,
-        (DeviceKind::Cuda, ranks) => ranks / common(ranks, CUDA_TOKENS) * CUDA_TOKENS,
+        (DeviceKind::Cuda, ranks) => ranks / common(ranks, TILE_KEYS) * TILE_KEYS,
     }
 }
 

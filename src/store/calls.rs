@@ -8,8 +8,8 @@ use std::time::Duration;
 use serde_json::Value;
 use sqlx::types::Json;
 
-use super::{Error, Store, queue::Claim, queue::Work};
-use crate::domain::{ExecutorId, FileId, JobId, TrainingSpec, run::Part};
+use super::{Error, Store};
+use crate::domain::{ExecutorId, JobId, run::Part};
 
 /// A host that is asked for ranks.
 #[derive(Debug, Clone, PartialEq)]
@@ -129,32 +129,6 @@ impl Store {
             lease.as_secs_f64(),
         );
         Ok(told.fetch_optional(&self.pool).await?)
-    }
-
-    /// The leader's claim, for the host that has taken this call.
-    pub async fn called_claim(&self, call: &Call, epoch: i64) -> Result<Option<Claim>, Error> {
-        let row = sqlx::query!(
-            r#"SELECT attempts, model, training_files, validation_files, training AS "training: Json<TrainingSpec>",
-                sequence_length
-               FROM jobs WHERE id = $1 AND epoch = $2"#,
-            call.job.as_str(),
-            epoch,
-        )
-        .fetch_optional(&self.pool)
-        .await?;
-        let Some(row) = row else { return Ok(None) };
-        let files = |ids: Vec<String>| ids.iter().map(|id| super::stored_id(id)).collect::<Result<Vec<FileId>, _>>();
-        Ok(Some(Claim {
-            job: call.job.clone(),
-            work: Work::Train,
-            epoch,
-            attempts: row.attempts,
-            model: row.model,
-            training_files: files(row.training_files)?,
-            validation_files: files(row.validation_files)?,
-            training: row.training.0,
-            sequence_length: row.sequence_length.map(|tokens| tokens as u64),
-        }))
     }
 
     /// The host has everything that its ranks need.

@@ -105,6 +105,7 @@ pub enum Settlement {
 #[derive(Debug)]
 pub struct Hints(PgListener);
 
+/// A row of `jobs` as a claim takes it.
 struct Row {
     id: String,
     epoch: i64,
@@ -139,6 +140,21 @@ impl Store {
             Ok(Queued { job, model: row.model, training, sequence_length })
         });
         queued.collect()
+    }
+
+    /// The claim with this epoch, if it stands, for a host that has taken ranks of its job.
+    pub async fn called_claim(&self, job: &JobId, epoch: i64) -> Result<Option<Claim>, Error> {
+        let row = sqlx::query_as!(
+            Row,
+            r#"SELECT id, epoch, attempts, model, training_files, validation_files,
+                training AS "training: Json<TrainingSpec>", sequence_length
+               FROM jobs WHERE id = $1 AND epoch = $2"#,
+            job.as_str(),
+            epoch,
+        )
+        .fetch_optional(&self.pool)
+        .await?;
+        row.map(|row| row.claim(Work::Train)).transpose()
     }
 
     /// Takes the next job of this kind that the claimant can do, if there is one. Attempts count one more.

@@ -20,11 +20,12 @@ use longhaul::{
 use serde_json::json;
 
 use crate::{
-    support::model::{Tokens, machine},
+    support::{
+        model::{Tokens, machine},
+        reference_python,
+    },
     training::{Studio, finish, folder, spec, story},
 };
-
-const PYTHON: &str = "LONGHAUL_REFERENCE_PYTHON";
 
 /// Token ids of a text, the engine's logits at each of them as little-endian f32, and the mean loss.
 fn logits(checkpoint: &Path, text: &str) -> (Vec<i32>, Vec<u8>, f64) {
@@ -57,10 +58,7 @@ fn logits(checkpoint: &Path, text: &str) -> (Vec<i32>, Vec<u8>, f64) {
 
 #[test]
 fn transformers_computes_what_the_engine_does() {
-    let Some(python) = std::env::var_os(PYTHON) else {
-        eprintln!("SKIPPED: {PYTHON} names no Python with torch and transformers; nothing was compared with them");
-        return;
-    };
+    let Some(python) = reference_python() else { return };
     let studio = Studio::new("transformers");
     let training = TrainingSpec { learning_rate: 1e-2, ..spec(8) };
     let run = studio.run("run", &[studio.five()], training);

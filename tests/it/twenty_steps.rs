@@ -18,12 +18,11 @@ use crate::{
     support::{
         self, Sandbox,
         model::Tokens,
+        reference_python,
         stage::{OnCpu, Stage, hyper},
     },
     training::small_model,
 };
-
-pub const PYTHON: &str = "LONGHAUL_REFERENCE_PYTHON";
 const STEPS: u64 = 20;
 const MAX_GRAD_NORM: f64 = 1.0;
 /// Largest mean of |ours - theirs| over the steps.
@@ -126,10 +125,7 @@ pub fn beside_transformers<S: Stage>(stage: &mut S, device: &str, python: &Path,
 
 #[test]
 fn twenty_steps_are_transformers() {
-    let Some(python) = std::env::var_os(PYTHON) else {
-        eprintln!("SKIPPED: {PYTHON} names no Python with torch and transformers; nothing was compared with them");
-        return;
-    };
+    let Some(python) = reference_python() else { return };
     let sizes = Sizes {
         learning_rate: 1e-3,
         layers: 2,

@@ -6,8 +6,8 @@ use serde_json::json;
 use super::{Observer, job::Data, order::Order};
 use crate::{
     domain::{
-        Event, Invalid, Level, ModelConfig, RunSpec, machine::DeviceKind, progress::DataSummary, run::DataFile,
-        training::LongDocuments,
+        Event, Invalid, Level, ModelConfig, RunSpec, attention_workspace::TILE_KEYS, machine::DeviceKind,
+        progress::DataSummary, run::DataFile, training::LongDocuments,
     },
     engine::{
         Result,
@@ -20,7 +20,7 @@ use crate::{
 fn pad_to(device: DeviceKind) -> u64 {
     match device {
         DeviceKind::Cpu => 1,
-        DeviceKind::Cuda => 128,
+        DeviceKind::Cuda => TILE_KEYS,
     }
 }
 

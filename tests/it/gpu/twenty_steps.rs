@@ -5,7 +5,10 @@
 use std::path::PathBuf;
 
 use super::{Gpu, figures};
-use crate::twenty_steps::{PYTHON, Sizes, beside_transformers};
+use crate::{
+    support::PYTHON,
+    twenty_steps::{Sizes, beside_transformers},
+};
 
 const SIZES: Sizes = Sizes {
     learning_rate: 2e-4,

@@ -8,16 +8,11 @@ use longhaul::client::http::SHORT;
 use serde_json::Value;
 
 use super::{create, prepare, result};
-use crate::support::{Sandbox, server::Server};
-
-const PYTHON: &str = "LONGHAUL_REFERENCE_PYTHON";
+use crate::support::{Sandbox, reference_python, server::Server};
 
 #[test]
 fn fine_tuned_models_load_by_name() {
-    let Some(python) = std::env::var_os(PYTHON) else {
-        eprintln!("skipped: {PYTHON} names no Python with transformers");
-        return;
-    };
+    let Some(python) = reference_python() else { return };
     let sandbox = Sandbox::new("hub");
     let server = Server::start(&sandbox.join("server"), &[]);
     let job = create(&server, &prepare(&server));

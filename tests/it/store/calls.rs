@@ -56,8 +56,8 @@ async fn a_call_holds_as_long_as_its_leaders_claim() {
     let claim = rows::claim_as(&store, &leader, Work::Train, LONG).await.unwrap();
     store.begin_calls(&job, &leader, claim.epoch).await.unwrap();
     assert_eq!(renewed(&store, call.id).await.unwrap().epoch, Some(claim.epoch));
-    assert_eq!(store.called_claim(&call, claim.epoch).await.unwrap(), Some(claim.clone()));
-    assert_eq!(store.called_claim(&call, claim.epoch + 1).await.unwrap(), None);
+    assert_eq!(store.called_claim(&call.job, claim.epoch).await.unwrap(), Some(claim.clone()));
+    assert_eq!(store.called_claim(&call.job, claim.epoch + 1).await.unwrap(), None);
     store.ready_call(call.id).await.unwrap();
     assert!(store.tell_meeting(&job, claim.epoch, "10.0.0.5:4242").await.unwrap());
     assert!(!store.tell_meeting(&job, claim.epoch - 1, "10.0.0.6:1").await.unwrap(), "a stale leader");

@@ -12,7 +12,10 @@ pub mod service;
 pub mod stage;
 pub mod watched;
 
-use std::path::{Path, PathBuf};
+use std::{
+    ffi::OsString,
+    path::{Path, PathBuf},
+};
 
 pub use database::{Database, cluster_settings, database};
 pub use sandbox::Sandbox;
@@ -26,4 +29,16 @@ pub fn tree() -> PathBuf {
         None if built.is_dir() => built.to_owned(),
         None => PathBuf::from("."),
     }
+}
+
+/// Names the Python with torch and transformers that judges whole models.
+pub const PYTHON: &str = "LONGHAUL_REFERENCE_PYTHON";
+
+/// The Python that [`PYTHON`] names; says so where there is none.
+pub fn reference_python() -> Option<OsString> {
+    let python = std::env::var_os(PYTHON);
+    if python.is_none() {
+        eprintln!("SKIPPED: {PYTHON} names no Python with torch and transformers; nothing was compared with them");
+    }
+    python
 }
