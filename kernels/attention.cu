@@ -17,11 +17,12 @@
 // of the tensor, with `stride` elements, a multiple of 8, between rows. Rows outside are 0 when read, and are not written. One
 // thread moves a vector. The tensor is bf16, where it is added to f32.
 //
-// Staged log-sum-exps are [documents, groups, heads, rows] f32, rows a multiple of 4; head h of group g is row g heads + h of lse
-// [heads of all, stride]. A thread takes four; n counts these fours.
+// Staged log-sum-exps are [documents, groups, heads, rows] f32; head h of group g is row g heads + h of lse [heads of all, stride].
 #include "rows.cuh"
 
 constexpr int THREADS = 256;
+// Log-sum-exps of a thread.
+constexpr int AHEAD = 4;
 constexpr int MOST_STAGED = 64;
 // e^(score - this) is 0 for any score.
 constexpr float NOTHING_SEEN = 1e30f;
@@ -34,12 +35,12 @@ struct Entries {
     Entry at[MOST_STAGED];
 };
 
-// Where a vector of 8 elements of a staged tensor belongs.
+// Where a vector of 8 elements, or a log-sum-exp, of a staged tensor belongs.
 struct Place {
     bool inside;
     int64_t row;    // of the tensor
     uint32_t group; // of the document
-    uint32_t inner; // which of the group's vectors in the row
+    uint32_t inner; // which of the group's vectors in the row, or 0
 };
 
 // `width` in vectors. Counts of 32 bits: a division of 64 would cost more than moving the vector.
@@ -50,23 +51,10 @@ __device__ __forceinline__ Place place(const Entries& entries, uint32_t i, uint3
     return {r >= entry.from && r < entry.to, int64_t(entry.first) + r, block - document * groups, i - line * width};
 }
 
-// Where four log-sum-exps in turn belong: those of rows r to r + 3 of a document.
-struct Fours {
-    int64_t row;    // of the first, which may lie outside the tensor
-    uint32_t group; // (group, head) of the document
-    int32_t r, from, to;
-
-    __device__ __forceinline__ bool inside(int j) const { return r + j >= from && r + j < to; }
-};
-
-__device__ __forceinline__ Fours fours(const Entries& entries, uint32_t i, uint32_t rows, uint32_t groups) {
-    const uint32_t block = i / (rows / 4), document = block / groups;
-    const int32_t r = int32_t((i - block * (rows / 4)) * 4);
-    const Entry entry = entries.at[document];
-    return {int64_t(entry.first) + r, block - document * groups, r, entry.from, entry.to};
-}
-
 __device__ __forceinline__ uint32_t thread_index() { return blockIdx.x * uint32_t(THREADS) + threadIdx.x; }
+
+// Element u of a thread that takes AHEAD of them: neighbours' are neighbours.
+__device__ __forceinline__ uint32_t element(int u) { return (blockIdx.x * AHEAD + u) * uint32_t(THREADS) + threadIdx.x; }
 
 __device__ __forceinline__ void add(float* to, const Lanes<8>& x) {
     float4* out = reinterpret_cast<float4*>(to);
@@ -110,16 +98,19 @@ attention_add_staged(const __nv_bfloat16* staged, float* tensor, Entries entries
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-attention_stage_statistics(float4* staged, const float* lse, Entries entries, uint32_t n, uint32_t rows, uint32_t heads,
+attention_stage_statistics(float* staged, const float* lse, Entries entries, uint32_t n, uint32_t rows, uint32_t heads,
                            uint32_t groups, int64_t stride) {
-    const uint32_t i = thread_index();
-    if (i >= n) return;
-    const Fours p = fours(entries, i, rows, groups * heads);
-    const float* from = lse + p.group * stride + p.row;
-    float x[4];
+    float x[AHEAD];
 #pragma unroll
-    for (int j = 0; j < 4; j++) x[j] = p.inside(j) ? from[j] : NOTHING_SEEN;
-    staged[i] = make_float4(x[0], x[1], x[2], x[3]);
+    for (int u = 0; u < AHEAD; u++) {
+        const uint32_t i = element(u);
+        if (i >= n) continue;
+        const Place p = place(entries, i, rows, 1, groups * heads);
+        x[u] = p.inside ? lse[p.group * stride + p.row] : NOTHING_SEEN;
+    }
+#pragma unroll
+    for (int u = 0; u < AHEAD; u++)
+        if (element(u) < n) staged[element(u)] = x[u];
 }
 
 // `d` in vectors too.
@@ -152,20 +143,25 @@ attention_merge(const __nv_bfloat16* part, float* sums, const float* part_lse, c
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS)
-attention_merge_statistics(const float4* part, float* lse, Entries entries, uint32_t n, uint32_t rows, uint32_t heads,
+attention_merge_statistics(const float* part, float* lse, Entries entries, uint32_t n, uint32_t rows, uint32_t heads,
                            uint32_t groups, int64_t stride, int first) {
-    const uint32_t i = thread_index();
-    if (i >= n) return;
-    const Fours p = fours(entries, i, rows, groups * heads);
-    float* there = lse + p.group * stride + p.row;
-    const float4 of_part = part[i];
-    const float b[4] = {of_part.x, of_part.y, of_part.z, of_part.w};
-    float a[4];
+    float* at[AHEAD];
+    float a[AHEAD], b[AHEAD];
 #pragma unroll
-    for (int j = 0; j < 4; j++) a[j] = first || !p.inside(j) ? b[j] : there[j];
+    for (int u = 0; u < AHEAD; u++) {
+        const uint32_t i = element(u);
+        at[u] = nullptr;
+        if (i >= n) continue;
+        const Place p = place(entries, i, rows, 1, groups * heads);
+        if (!p.inside) continue;
+        at[u] = lse + p.group * stride + p.row;
+        b[u] = part[i];
+        a[u] = first ? b[u] : *at[u];
+    }
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const float most = fmaxf(a[j], b[j]);
-        if (p.inside(j)) there[j] = first ? b[j] : most + logf(expf(a[j] - most) + expf(b[j] - most));
+    for (int u = 0; u < AHEAD; u++) {
+        if (!at[u]) continue;
+        const float most = fmaxf(a[u], b[u]);
+        *at[u] = first ? b[u] : most + logf(expf(a[u] - most) + expf(b[u] - most));
     }
 }

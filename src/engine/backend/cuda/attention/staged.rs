@@ -13,6 +13,9 @@ use super::{
 };
 use crate::engine::Result;
 
+/// Log-sum-exps that a thread of attention.cu takes.
+const STATISTICS: u64 = 4;
+
 /// Which rows and heads of a tensor a staged one holds: `[documents, groups, rows, heads * head_dim]` bf16, and of log-sum-exps
 /// `[documents, groups, heads, rows]` f32.
 #[derive(Debug, Clone, Copy)]
@@ -38,11 +41,6 @@ impl Staged {
     /// Vectors of a staged tensor.
     fn vectors(&self) -> u64 {
         self.statistics() * self.head_dim / ELEMENTS
-    }
-
-    /// Log-sum-exps by fours, as a thread takes them.
-    fn fours(&self) -> u64 {
-        self.statistics() / 4
     }
 
     /// Elements of staged log-sum-exps.
@@ -77,13 +75,13 @@ impl Cuda {
     /// Staged log-sum-exps = those of the chunk, and where there are none one at which nothing is seen.
     pub(crate) fn stage_statistics(&self, staged: &Staged, to: u64, lse: Tensor) -> Result {
         let arguments = self.of_statistics(staged, to, lse);
-        self.kernels.launch(&self.device, "attention_stage_statistics", grid(staged.fours()), &arguments)
+        self.kernels.launch(&self.device, "attention_stage_statistics", grid(staged.statistics().div_ceil(STATISTICS)), &arguments)
     }
 
     fn of_statistics<'a>(&self, staged: &'a Staged, address: u64, lse: Tensor) -> Vec<Argument<'a>> {
         let mut arguments =
             vec![Pointer(address), Pointer(self.element(lse, staged.head, 0)), Argument::StagedRows(&staged.at)];
-        arguments.extend([staged.fours(), staged.rows, staged.heads, staged.groups].map(Argument::small));
+        arguments.extend([staged.statistics(), staged.rows, staged.heads, staged.groups].map(Argument::small));
         arguments.push(Count(lse.cols as i64));
         arguments
     }
@@ -112,6 +110,6 @@ impl Cuda {
     pub(crate) fn merge_statistics(&self, staged: &Staged, (lse, part_lse): (Tensor, u64), first: bool) -> Result {
         let mut arguments = self.of_statistics(staged, part_lse, lse);
         arguments.push(Flag(first.into()));
-        self.kernels.launch(&self.device, "attention_merge_statistics", grid(staged.fours()), &arguments)
+        self.kernels.launch(&self.device, "attention_merge_statistics", grid(staged.statistics().div_ceil(STATISTICS)), &arguments)
     }
 }
