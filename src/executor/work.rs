@@ -108,7 +108,7 @@ pub(super) async fn train(context: Arc<Context>, mut looker: Looker) {
         };
         if let Some(training) = training {
             let (seat, context) = (training.seat().clone(), Arc::clone(&context));
-            seats.insert(running.spawn(async move { training.run(&context).await }).id(), seat);
+            seats.insert(running.spawn(async move { Box::pin(training.run(&context)).await }).id(), seat);
             continue;
         }
         tokio::select! {
