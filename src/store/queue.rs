@@ -370,7 +370,7 @@ impl Row {
 }
 
 /// `error` of a failed job, as the API shows it.
-fn customer_error(error: &Invalid) -> Value {
+pub(super) fn customer_error(error: &Invalid) -> Value {
     let param = Some(&error.param).filter(|param| !param.is_empty());
     json!({ "code": error.code, "message": error.message, "param": param })
 }
