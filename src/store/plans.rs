@@ -94,8 +94,20 @@ impl Store {
         plan.transpose()
     }
 
-    /// Takes the oldest plan that waits and whose model is among these, for so long.
+    /// Takes the oldest plan that waits and whose model is among these, for so long. One that was held often enough without an
+    /// answer fails.
     pub async fn take_plan(&self, models: &[String], lease: Duration) -> Result<Option<TakenPlan>, Error> {
+        let message =
+            "the data could not be read: whoever read it stopped before the end; the log of the executors says why";
+        let error = Invalid { param: String::new(), message: message.into(), code: "server_error".into() };
+        sqlx::query!(
+            "UPDATE plans SET status = 'failed', error = $2, taken_until = NULL
+             WHERE status = 'queued' AND taken_until < now() AND epoch >= $1",
+            MOST_HOLDS,
+            super::queue::customer_error(&error),
+        )
+        .execute(&self.pool)
+        .await?;
         let row = sqlx::query!(
             r#"WITH next AS (
                 SELECT id FROM plans

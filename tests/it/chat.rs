@@ -421,8 +421,15 @@ fn wrong_lines_are_named_with_their_field() {
         assert!(invalid.message.contains(word), "{}", invalid.message);
     }
     std::fs::write(studio.model().join("chat_template.jinja"), "{% for m in").unwrap();
-    let invalid = refusal(&studio.run("broken", &[studio.five()], spec(1)));
-    assert_eq!(invalid.code, "invalid_chat_template", "{}", invalid.message);
+    let file = studio.file("chat.jsonl", good.to_string());
+    let invalid = refusal(&studio.run("broken", &[file], spec(1)));
+    assert_eq!(
+        (invalid.code.as_str(), invalid.param.as_str()),
+        ("invalid_chat_template", "model"),
+        "{}",
+        invalid.message
+    );
+    finish(&studio.run("text", &[studio.five()], spec(1)));
 }
 
 #[test]

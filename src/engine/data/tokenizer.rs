@@ -32,7 +32,8 @@ pub struct Tokenizer {
     inner: HuggingFace,
     bos: Option<u32>,
     eos: Option<u32>,
-    template: Option<Template>,
+    /// Or what is wrong with it, which matters only to conversations.
+    template: std::result::Result<Option<Template>, Invalid>,
     /// Whether parts of a document may be tokenized apart.
     splits: bool,
     /// Digest of the files it was read from.
@@ -85,8 +86,8 @@ impl Tokenizer {
             return refuse(message);
         }
         let (bos, eos) = (special(&inner, &config, "bos_token"), special(&inner, &config, "eos_token"));
-        let template = Template::open(folder, &config, now)?;
-        let digest = digest(&[&bytes, &config_bytes, &told(template.as_ref(), now)]);
+        let template = Template::open(folder, &config, now);
+        let digest = digest(&[&bytes, &config_bytes, &told(template.as_ref().ok().and_then(Option::as_ref), now)]);
         let splits = splits_words_first(&serde_json::from_slice(&bytes).unwrap_or(Value::Null));
         let wants = |key: &str| config.get(key).and_then(Value::as_bool) != Some(false);
         Ok(Self {
@@ -118,7 +119,7 @@ impl Tokenizer {
                 Ok(tokens)
             }
             Example::Chat(chat) => {
-                let Some(template) = &self.template else {
+                let Some(template) = self.template.as_ref().map_err(Invalid::clone)? else {
                     let message = "messages need a chat template, and the model has none: put a chat_template.jinja into its \
                                    folder, or write the lines as prompt and completion or as text";
                     return Err(Invalid::with_code("no_chat_template", "model", message).into());

@@ -99,10 +99,17 @@ async fn a_plan_that_is_dropped_goes_to_another_and_not_for_ever() {
     assert_eq!((&second.id, second.epoch), (&first.id, first.epoch + 1));
     assert!(!store.renew_plan(&first.id, first.epoch, LEASE).await.unwrap(), "the first has lost it");
     assert!(store.renew_plan(&second.id, second.epoch, Duration::ZERO).await.unwrap());
-    let third = store.take_plan(&tiny, Duration::ZERO).await.unwrap().unwrap();
-    assert_eq!(store.take_plan(&tiny, Duration::ZERO).await.unwrap(), None, "three holds are enough");
+    let third = store.take_plan(&tiny, LEASE).await.unwrap().unwrap();
     let refusal = Invalid::with_code("invalid_training_file", "training_file", "a.txt line 7: not valid JSON");
     assert!(store.answer_plan(&third.id, third.epoch, Err(&refusal)).await.unwrap());
     let plan = service.get(&format!("{PLANS}/{}", third.id)).await.json();
     assert_eq!((&plan["status"], &plan["error"]["param"]), (&json!("failed"), &json!("training_file")));
+
+    let asked = service.post_with(PLANS, &body(&file, json!({})), &AT_ONCE).await.json();
+    for _ in 0..3 {
+        assert!(store.take_plan(&tiny, Duration::ZERO).await.unwrap().is_some());
+    }
+    assert_eq!(store.take_plan(&tiny, Duration::ZERO).await.unwrap(), None, "three holds are enough");
+    let plan = service.get(&format!("{PLANS}/{}", asked["id"].as_str().unwrap())).await.json();
+    assert_eq!((&plan["status"], &plan["error"]["code"]), (&json!("failed"), &json!("server_error")), "{plan}");
 }
