@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::{ApiError, error::excerpt};
 use crate::{
-    domain::{CheckpointId, FileId, Invalid, JobId},
+    domain::{CheckpointId, FileId, Invalid, JobId, PlanId},
     store::{Order, Page},
 };
 
@@ -28,6 +28,10 @@ impl Named for FileId {
 
 impl Named for JobId {
     const WHAT: &'static str = "fine-tuning job";
+}
+
+impl Named for PlanId {
+    const WHAT: &'static str = "plan";
 }
 
 impl Named for CheckpointId {

@@ -75,7 +75,9 @@ pub struct FileDeleted {
 #[derive(Debug, ToSchema)]
 #[expect(dead_code, reason = "describes the form in the contract; upload.rs reads it as a stream")]
 pub struct UploadForm {
-    /// The content. A training file is named `.jsonl` (one document a line, in `text`), `.txt` or `.md` (one document).
+    /// The content. A training file is named `.txt` or `.md` (one document), or `.jsonl`: a line is an object with `text`, with
+    /// `prompt` and `completion` (which alone is trained), or with `messages` and perhaps `tools` (the assistant's turns are
+    /// trained, but for those with `weight` 0).
     #[schema(value_type = String, format = Binary)]
     file: Vec<u8>,
     /// `fine-tune` for training and validation files; also `assistants`, `batch`, `evals`, `user_data`, `vision`.

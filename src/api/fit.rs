@@ -15,7 +15,7 @@ use crate::{
 use super::{ApiError, error::excerpt};
 
 /// Sequences are padded to a multiple of this.
-const PADDING: u64 = 128;
+pub(super) const PADDING: u64 = 128;
 /// Names shown when a model is unknown.
 const NAMES_SHOWN: usize = 20;
 
@@ -90,7 +90,7 @@ fn fits_across(candidates: &[(Machine, &ModelConfig)], training: &TrainingSpec, 
 }
 
 /// Hosts that have the model, each with the model's numbers.
-fn hosts_with<'a>(hosts: &'a [Host], model: &str) -> Result<Vec<(&'a Host, &'a ModelConfig)>, Invalid> {
+pub(super) fn hosts_with<'a>(hosts: &'a [Host], model: &str) -> Result<Vec<(&'a Host, &'a ModelConfig)>, Invalid> {
     let mut found = Vec::new();
     let mut problem = None;
     for host in hosts {

@@ -127,7 +127,7 @@ fn attempt(headers: &HeaderMap, body: &JsonBody) -> Result<Attempt, ApiError> {
 }
 
 /// A file of a job exists, is meant for training, and has a name that says how to read it.
-async fn check_file(api: &Api, named: &FileRef) -> Result<(), ApiError> {
+pub(super) async fn check_file(api: &Api, named: &FileRef) -> Result<(), ApiError> {
     let file = api.store.file(&named.id).await?.ok_or_else(|| named.missing())?;
     if file.purpose != upload::PURPOSES[0] {
         let message = format!(

@@ -31,6 +31,7 @@ pub mod job_object;
 pub mod jobs;
 pub mod layers;
 pub mod models;
+pub mod plans;
 pub mod tar;
 pub mod upload;
 
@@ -126,6 +127,8 @@ fn table() -> OpenApiRouter<Api> {
         .routes(routes!(jobs::create_job, jobs::list_jobs))
         .routes(routes!(jobs::retrieve_job))
         .routes(routes!(jobs::cancel_job))
+        .routes(routes!(plans::create_plan))
+        .routes(routes!(plans::retrieve_plan))
         .routes(routes!(events::list_events))
         .routes(routes!(checkpoints::list_checkpoints))
         .routes(routes!(checkpoints::list_checkpoint_files))

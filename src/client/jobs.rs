@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::{
     Failure, Result, bar, create,
     http::{self, Client},
-    say,
+    plan, say,
 };
 use crate::domain::JobId;
 
@@ -26,6 +26,8 @@ pub struct Args {
 pub enum Command {
     /// Make a job and print its id
     Create(create::Args),
+    /// Say what a job would come to, without making it: steps, memory and time on every host
+    Plan(create::Args),
     /// List jobs, newest first
     List {
         /// Most jobs to list
@@ -57,6 +59,7 @@ pub enum Command {
 pub fn run(args: &Args, client: &Client, out: &mut dyn Write) -> Result {
     match &args.command {
         Command::Create(args) => create::run(args, client, out),
+        Command::Plan(args) => plan::run(args, client, out),
         Command::List { limit, json } => list(*limit, *json, client, out),
         Command::Show { job, json } => {
             let job = client.get(&path(job)?, http::SHORT, |_| ())?;

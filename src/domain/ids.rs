@@ -65,6 +65,7 @@ macro_rules! id {
 
 id!(/** An uploaded file. */ FileId, "file-");
 id!(/** A fine-tuning job. */ JobId, "ftjob-");
+id!(/** A plan of a job that nobody has made. */ PlanId, "ftplan-");
 id!(/** One event of a job. */ EventId, "ftevent-");
 id!(/** One checkpoint of a job. */ CheckpointId, "ftckpt_");
 id!(/** One running executor process; new at every start. */ ExecutorId, "exec-");

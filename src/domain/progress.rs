@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 pub struct DataSummary {
     pub documents: u64,
     pub tokens: u64,
-    /// Tokens that a loss counts, over one epoch.
+    /// Tokens that a loss counts, over one epoch: those that are trained.
     pub valid_labels: u64,
     /// Tokens added to fill documents and sequences.
     pub padding: u64,
@@ -18,10 +18,54 @@ pub struct DataSummary {
     pub truncated_documents: u64,
     /// Empty documents left out.
     pub empty_documents: u64,
+    /// Pieces left out of which no token is trained.
+    #[serde(default)]
+    pub untrained_pieces: u64,
     pub longest_document: u64,
     pub sequences: u64,
     pub sequence_length: u64,
     pub total_steps: u64,
+    /// The held-out files, where there are some.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub validation: Option<HeldOut>,
+    /// The first examples.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub preview: Vec<PreviewedExample>,
+}
+
+/// Counts of the validation files.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct HeldOut {
+    pub documents: u64,
+    pub tokens: u64,
+    /// Tokens that the loss counts.
+    pub valid_labels: u64,
+    pub sequences: u64,
+}
+
+/// One example as the model will have it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct PreviewedExample {
+    /// File and line.
+    pub origin: String,
+    pub tokens: u64,
+    pub trained_tokens: u64,
+    /// Its begin, in runs of tokens that are all trained or all not.
+    pub spans: Vec<PreviewedSpan>,
+    /// Runs that are not shown.
+    pub more_spans: u64,
+}
+
+/// A run of tokens of an example.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct PreviewedSpan {
+    pub trained: bool,
+    pub tokens: u64,
+    /// Its text, or the begin of it.
+    pub text: String,
+    /// The end of its text, where the middle is left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub end: Option<String>,
 }
 
 /// The validation files, evaluated.

@@ -16,6 +16,9 @@ pub struct RunSpec {
     pub model: PathBuf,
     /// Name of the base model, written into events and `config.json`'s `_name_or_path`.
     pub model_name: String,
+    /// When the job was made, in seconds since 1970: the day that chat templates are told.
+    #[serde(default)]
+    pub created_at: u64,
     pub training_files: Vec<DataFile>,
     pub validation_files: Vec<DataFile>,
     pub training: TrainingSpec,

@@ -31,6 +31,7 @@ pub mod host;
 mod launcher;
 mod lease;
 mod models;
+mod outlook;
 mod prepare;
 mod span;
 mod tell;
@@ -122,6 +123,7 @@ pub async fn run(store: Store, settings: Settings, stop: CancellationToken) -> R
     tasks.spawn(reap(Arc::clone(&context)));
     tasks.spawn(sweep(Arc::clone(&context)));
     tasks.spawn(work::inspect(Arc::clone(&context)));
+    tasks.spawn(outlook::plans(Arc::clone(&context)));
     tasks.spawn(work::train(Arc::clone(&context), looker));
     while let Some(ended) = tasks.join_next().await {
         if let Err(error) = ended {

@@ -89,6 +89,7 @@ pub(super) async fn prepare(context: &Context, claim: &Claim, seat: &Seat) -> Re
         epoch: claim.epoch,
         model,
         model_name: claim.model.clone(),
+        created_at: claim.created_at,
         training_files,
         validation_files,
         training: claim.training.clone(),

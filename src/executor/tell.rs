@@ -8,7 +8,7 @@ use super::{Context, devices::Seat, prepare};
 use crate::{
     domain::{
         CheckpointId, Event,
-        progress::{DataSummary, WrittenCheckpoint},
+        progress::{DataSummary, HeldOut, WrittenCheckpoint},
     },
     store::{
         Error,
@@ -71,6 +71,15 @@ fn counted(summary: &DataSummary) -> Event {
     let fates = [("split", s.split_documents), ("cut short", s.truncated_documents), ("empty", s.empty_documents)];
     for (fate, count) in fates.into_iter().filter(|(_, count)| *count > 0) {
         message = format!("{message}; {count} documents {fate}");
+    }
+    if s.untrained_pieces > 0 {
+        message = format!("{message}; {} pieces left out, of which no token is trained", s.untrained_pieces);
+    }
+    if let Some(held_out) = &s.validation {
+        let HeldOut { documents, tokens, valid_labels, .. } = held_out;
+        message = format!(
+            "{message}; for validation {documents} documents, {tokens} tokens ({valid_labels} counted by the loss)"
+        );
     }
     Event::info(message, json!(summary))
 }

@@ -108,7 +108,7 @@ pub(super) async fn train(context: Arc<Context>, mut looker: Looker) {
         };
         if let Some(training) = training {
             let (seat, context) = (training.seat().clone(), Arc::clone(&context));
-            seats.insert(running.spawn(async move { training.run(&context).await }).id(), seat);
+            seats.insert(running.spawn(async move { Box::pin(training.run(&context)).await }).id(), seat);
             continue;
         }
         tokio::select! {
@@ -140,12 +140,7 @@ async fn take_inspection(context: &Context) -> Option<Taken> {
     let devices = context.devices.borrow().clone();
     let free = devices.free([]);
     let (claim, asked) = claim(context, Work::Inspect, &devices.wishes(&free), None).await?;
-    let hosts = context.store.live_hosts().await.unwrap_or_default();
-    let situation = situation(context, devices, free, Vec::new(), hosts);
-    let (job, model, training) = (claim.job.clone(), claim.model.clone(), claim.training.clone());
-    let queued = Queued { job, model, training, sequence_length: None };
-    let desk = spawn_blocking(move || allot::desk(&situation, &queued)).await;
-    if let Some(seat) = desk.unwrap_or_else(|error| panic::resume_unwind(error.into_panic())) {
+    if let Some(seat) = desk(context, &claim).await {
         return Some(Taken { claim, seat, asked });
     }
     // The wishes were those of these devices, so this is a job of a newer version's making.
@@ -155,6 +150,18 @@ async fn take_inspection(context: &Context) -> Option<Taken> {
         tracing::warn!(job = %claim.job, %error, "the claim was not given back; its lease runs out");
     }
     None
+}
+
+/// Where the data of a claim is inspected; `None` without a device that could train it.
+pub(super) async fn desk(context: &Context, claim: &Claim) -> Option<Seat> {
+    let devices = context.devices.borrow().clone();
+    let free = devices.free([]);
+    let hosts = context.store.live_hosts().await.unwrap_or_default();
+    let situation = situation(context, devices, free, Vec::new(), hosts);
+    let (job, model, training) = (claim.job.clone(), claim.model.clone(), claim.training.clone());
+    let queued = Queued { job, model, training, sequence_length: None };
+    let desk = spawn_blocking(move || allot::desk(&situation, &queued)).await;
+    desk.unwrap_or_else(|error| panic::resume_unwind(error.into_panic()))
 }
 
 /// Takes ranks of a job that another host leads, if one calls for what is free here.
@@ -228,7 +235,7 @@ pub(super) async fn claim_called(context: &Context, job: &JobId) -> Option<(Clai
     claim(context, Work::Train, &devices.wishes(&devices.free([])), Some(job)).await
 }
 
-fn model_names(context: &Context) -> Vec<String> {
+pub(super) fn model_names(context: &Context) -> Vec<String> {
     models::found(&context.settings.models_folder).into_iter().map(|model| model.name).collect()
 }
 

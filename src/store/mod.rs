@@ -19,6 +19,7 @@ pub mod files;
 pub mod hosts;
 pub mod jobs;
 mod page;
+pub mod plans;
 pub mod private;
 pub mod queue;
 pub mod retention;

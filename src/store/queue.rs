@@ -79,6 +79,8 @@ pub struct Claim {
     /// Claims since the last new checkpoint, this one counted.
     pub attempts: i32,
     pub model: String,
+    /// When the job was made, in seconds since 1970.
+    pub created_at: u64,
     pub training_files: Vec<FileId>,
     pub validation_files: Vec<FileId>,
     pub training: TrainingSpec,
@@ -115,6 +117,7 @@ struct Row {
     validation_files: Vec<String>,
     training: Json<TrainingSpec>,
     sequence_length: Option<i64>,
+    created_at: i64,
 }
 
 impl Store {
@@ -147,7 +150,8 @@ impl Store {
         let row = sqlx::query_as!(
             Row,
             r#"SELECT id, epoch, attempts, model, training_files, validation_files,
-                training AS "training: Json<TrainingSpec>", sequence_length
+                training AS "training: Json<TrainingSpec>", sequence_length,
+                extract(epoch FROM created_at)::bigint AS "created_at!"
                FROM jobs WHERE id = $1 AND epoch = $2"#,
             job.as_str(),
             epoch,
@@ -177,7 +181,8 @@ impl Store {
                     started_at = CASE WHEN $1 THEN started_at ELSE coalesce(started_at, now()) END
                FROM next WHERE jobs.id = next.id
                RETURNING jobs.id, epoch, attempts, model, training_files, validation_files,
-                    training AS "training: Json<TrainingSpec>", sequence_length"#,
+                    training AS "training: Json<TrainingSpec>", sequence_length,
+                    extract(epoch FROM created_at)::bigint AS "created_at!""#,
             work == Work::Inspect,
             by.devices,
             by.models,
@@ -355,6 +360,7 @@ impl Row {
             epoch: self.epoch,
             attempts: self.attempts,
             model: self.model,
+            created_at: self.created_at.max(0) as u64,
             training_files: files(self.training_files)?,
             validation_files: files(self.validation_files)?,
             training: self.training.0,
@@ -364,7 +370,7 @@ impl Row {
 }
 
 /// `error` of a failed job, as the API shows it.
-fn customer_error(error: &Invalid) -> Value {
+pub(super) fn customer_error(error: &Invalid) -> Value {
     let param = Some(&error.param).filter(|param| !param.is_empty());
     json!({ "code": error.code, "message": error.message, "param": param })
 }

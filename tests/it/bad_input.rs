@@ -35,7 +35,7 @@ fn broken_files_are_named_with_their_line() {
         ("a.jsonl", b"{\"text\": \"one\"}\n\n{\"text\": \"two\"\n", &["a.jsonl line 3", "JSON"]),
         ("b.jsonl", b"{\"text\": \"one\"}\n[1]\n", &["b.jsonl line 2", "object"]),
         ("c.jsonl", b"{\"text\": 5}\n", &["c.jsonl line 1", "string"]),
-        ("d.jsonl", b"{\"body\": \"x\"}\n", &["d.jsonl line 1", "no text"]),
+        ("d.jsonl", b"{\"body\": \"x\"}\n", &["d.jsonl line 1", "has no text"]),
         ("e.jsonl", b"{\"text\": \"one\"}\n{\"text\": \"\xff\"}\n", &["e.jsonl line 2", "UTF-8"]),
         ("f.txt", b"one\ntwo\n\xc3(\n", &["f.txt line 3", "UTF-8"]),
         ("g.txt", b"", &["g.txt is empty"]),

@@ -2,6 +2,7 @@
 
 mod hosts;
 mod hub;
+mod plans;
 mod ranks;
 
 use std::{fs, path::Path};

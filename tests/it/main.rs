@@ -6,6 +6,7 @@
 #![expect(unreachable_pub, reason = "modules of a test binary share through pub")]
 
 mod bad_input;
+mod chat;
 mod comm;
 mod devices;
 mod floors;

@@ -30,7 +30,8 @@ use crate::{
 /// Token ids of a text, the engine's logits at each of them as little-endian f32, and the mean loss.
 fn logits(checkpoint: &Path, text: &str) -> (Vec<i32>, Vec<u8>, f64) {
     let config = ModelConfig::from_config_text(&huggingface::config_text(checkpoint).unwrap()).unwrap();
-    let ids = Tokenizer::open(checkpoint, config.vocab_size).unwrap().document(text).unwrap();
+    let ids = Tokenizer::open(checkpoint, config.vocab_size, 0).unwrap().document(text).unwrap();
+    let ids: Vec<i32> = ids.into_iter().map(|id| id as i32).collect();
     let n = ids.len() as u64;
     // One tile of logits holds every row, and an evaluation leaves them there.
     let forced = Forced { loss_tile_rows: Some(n), chunk_tokens: Some(50), ..Forced::default() };

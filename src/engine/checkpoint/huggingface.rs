@@ -16,7 +16,7 @@ use crate::{
 /// Largest weight file: clients of plain HTTP refuse files of 50 GB, and smaller ones resume better.
 const SHARD_BYTES: u64 = 5_000_000_000;
 /// Files beside config and weights that belong to a model, copied as they are.
-const COMPANIONS: [&str; 9] = [
+const COMPANIONS: [&str; 10] = [
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
@@ -26,6 +26,7 @@ const COMPANIONS: [&str; 9] = [
     "merges.txt",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
 ];
 /// A config.json is a page; anything larger is not one.
 const MAX_CONFIG_BYTES: u64 = 1 << 20;

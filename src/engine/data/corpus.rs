@@ -1,7 +1,7 @@
 //! The tokens of a data set: written to a file once, memory-mapped after.
 //!
 //! Two files named by a digest of everything that decides their content (the documents' bytes and the tokenizer's):
-//! `<key>.tokens` holds all ids as little-endian i32, `<key>.documents` the bounds and origins. The second is renamed into
+//! `<key>.tokens` holds all tokens as little-endian i32, `<key>.documents` the bounds and origins. The second is renamed into
 //! place last; where it stands, both are whole.
 
 use std::{
@@ -10,16 +10,23 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use rayon::prelude::*;
 use sha2::{Digest, Sha256};
 
-use super::{Tokenizer, documents};
+use super::{
+    Tokenizer,
+    documents::{self, Document},
+    pack::Piece,
+};
 use crate::{
     domain::{Invalid, run::DataFile},
     engine::{Error, Result, file_map::FileMap},
 };
 
 /// Part of the key: raised when the files' form or the tokenization changes.
-const VERSION: &[u8] = b"longhaul tokens 1";
+const VERSION: &[u8] = b"longhaul tokens 2";
+/// Documents are tokenized beside each other, about so many bytes of them.
+const BATCH_BYTES: usize = 4 << 20;
 
 /// A tokenized data set.
 #[derive(Debug)]
@@ -29,6 +36,28 @@ pub struct Corpus {
     files: Vec<String>,
     /// Documents without text, left out.
     pub empty_documents: u64,
+}
+
+/// An id and whether a loss counts it: kept as the id, or as its complement where none does.
+#[repr(transparent)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+pub struct Token(i32);
+
+impl Token {
+    /// A token with this id.
+    pub fn new(id: u32, trained: bool) -> Self {
+        Self(if trained { id as i32 } else { !(id as i32) })
+    }
+
+    /// What the tokenizer calls it.
+    pub fn id(self) -> i32 {
+        if self.is_trained() { self.0 } else { !self.0 }
+    }
+
+    /// Whether a loss counts it where it is a label.
+    pub fn is_trained(self) -> bool {
+        self.0 >= 0
+    }
 }
 
 /// Where a document ends among the tokens, and where it came from.
@@ -64,7 +93,7 @@ impl Corpus {
     }
 
     /// Tokens of a document.
-    pub fn document(&self, i: usize) -> &[i32] {
+    pub fn document(&self, i: usize) -> &[Token] {
         let start = if i == 0 { 0 } else { self.documents[i - 1].end };
         &bytemuck::cast_slice(&self.tokens)[start as usize..self.documents[i].end as usize]
     }
@@ -73,6 +102,12 @@ impl Corpus {
     pub fn length(&self, i: usize) -> u64 {
         let start = if i == 0 { 0 } else { self.documents[i - 1].end };
         self.documents[i].end - start
+    }
+
+    /// Labels of a piece of a document that a loss counts: its trained tokens after the first.
+    pub fn labels(&self, piece: &Piece) -> u64 {
+        let tokens = &self.document(piece.document)[piece.start as usize..][..piece.length as usize];
+        tokens.iter().skip(1).filter(|token| token.is_trained()).count() as u64
     }
 
     /// All tokens.
@@ -141,30 +176,69 @@ impl Aside {
     }
 }
 
+/// The two files as they are written.
+struct Writer<'a> {
+    tokenizer: &'a Tokenizer,
+    tokens: Aside,
+    origins: Vec<Origin>,
+    end: u64,
+    empty: u64,
+    /// Read and not yet tokenized.
+    batch: Vec<Document>,
+    batch_bytes: usize,
+}
+
 fn write(files: &[DataFile], tokenizer: &Tokenizer, tokens: &Path, documents: &Path) -> Result {
-    let mut ids_file = Aside::create(tokens)?;
-    let mut origins = Vec::new();
-    let (mut end, mut empty) = (0, 0);
+    let tokens = Aside::create(tokens)?;
+    let (origins, batch) = (Vec::new(), Vec::new());
+    let mut writer = Writer { tokenizer, tokens, origins, end: 0, empty: 0, batch, batch_bytes: 0 };
     for (i, file) in files.iter().enumerate() {
         documents::read(file, |document| {
-            let ids = tokenizer.document(&document.text)?;
-            if ids.is_empty() {
-                empty += 1;
-                return Ok(());
-            }
-            end += ids.len() as u64;
-            origins.push(Origin { end, file: i as u64, line: document.line });
-            ids_file.put(bytemuck::cast_slice(&ids))
+            writer.batch_bytes += document.example.bytes();
+            writer.batch.push(document);
+            if writer.batch_bytes < BATCH_BYTES { Ok(()) } else { writer.flush(i, file) }
         })?;
+        writer.flush(i, file)?;
     }
+    let Writer { tokens, origins, empty, .. } = writer;
     if origins.is_empty() {
         let names: Vec<&str> = files.iter().map(|f| f.filename.as_str()).collect();
         let message = format!("{} hold no document with any text", names.join(", "));
         return Err(Invalid::with_code("invalid_training_file", "training_file", message).into());
     }
-    ids_file.finish()?;
+    tokens.finish()?;
     let mut documents_file = Aside::create(documents)?;
     documents_file.put(bytemuck::bytes_of(&Origin { end: 0, file: 0, line: empty }))?;
     documents_file.put(bytemuck::cast_slice(&origins))?;
     documents_file.finish()
+}
+
+impl Writer<'_> {
+    /// Tokenizes what was read of the file with this index, and writes it in its order.
+    fn flush(&mut self, index: usize, file: &DataFile) -> Result {
+        self.batch_bytes = 0;
+        let batch = std::mem::take(&mut self.batch);
+        let tokenized: Vec<_> = batch.par_iter().map(|document| self.tokenizer.example(&document.example)).collect();
+        for (document, tokens) in batch.iter().zip(tokenized) {
+            let tokens = tokens.map_err(|error| at(error, &file.filename, document.line))?;
+            if tokens.is_empty() {
+                self.empty += 1;
+                continue;
+            }
+            self.end += tokens.len() as u64;
+            self.origins.push(Origin { end: self.end, file: index as u64, line: document.line });
+            self.tokens.put(bytemuck::cast_slice(&tokens))?;
+        }
+        Ok(())
+    }
+}
+
+/// What is wrong with a document, with its file and line.
+fn at(error: Error, name: &str, line: u64) -> Error {
+    match error {
+        Error::Input(invalid) => {
+            Invalid { message: format!("{name} line {line}: {}", invalid.message), ..invalid }.into()
+        }
+        other => other,
+    }
 }

@@ -1,4 +1,4 @@
-//! Documents out of uploaded files: `.txt` and `.md` are one document each, `.jsonl` one a line under `text`.
+//! Documents out of uploaded files: `.txt` and `.md` are one document each, `.jsonl` one a line, in one of several forms.
 //!
 //! Every complaint names the file as it was uploaded and the line.
 
@@ -7,8 +7,7 @@ use std::{
     io::{BufRead, BufReader, Read},
 };
 
-use serde_json::Value;
-
+use super::examples::Example;
 use crate::{
     domain::{Invalid, run::DataFile},
     engine::{Error, Result},
@@ -17,10 +16,10 @@ use crate::{
 /// Longest line of a `.jsonl` file, and largest `.txt` file: one document must fit in memory while it is tokenized.
 const MAX_DOCUMENT_BYTES: u64 = 4 << 30;
 
-/// One document's text and where it came from.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// One document and where it came from.
+#[derive(Debug, Clone, PartialEq)]
 pub struct Document {
-    pub text: String,
+    pub example: Example,
     /// Line of its file, from 1.
     pub line: u64,
 }
@@ -44,7 +43,7 @@ pub fn read(file: &DataFile, mut each: impl FnMut(Document) -> Result) -> Result
             }
             let mut bytes = Vec::with_capacity(size as usize);
             BufReader::new(opened).read_to_end(&mut bytes).map_err(Error::file(&file.path))?;
-            each(Document { text: utf8(bytes, name, 1)?, line: 1 })
+            each(Document { example: Example::Text(utf8(bytes, name, 1)?), line: 1 })
         }
         Some("jsonl") => lines(BufReader::with_capacity(1 << 20, opened), file, each),
         _ => refuse(format!("{name} is neither .jsonl, .txt nor .md: rename it so that its format is known")),
@@ -67,7 +66,10 @@ fn lines(mut reader: impl BufRead, file: &DataFile, mut each: impl FnMut(Documen
             continue;
         }
         let text = utf8(std::mem::take(&mut bytes), name, line)?;
-        each(Document { text: text_of(&text, name, line)?, line })?;
+        match Example::parse(&text) {
+            Ok(example) => each(Document { example, line })?,
+            Err(why) => return refuse(format!("{name} line {line}: {why}")),
+        }
     }
     Ok(())
 }
@@ -78,23 +80,4 @@ fn utf8(bytes: Vec<u8>, name: &str, line: u64) -> Result<String> {
         let line = line + error.as_bytes()[..valid].iter().filter(|b| **b == b'\n').count() as u64;
         refuse(format!("{name} line {line}: not valid UTF-8; save the file as UTF-8"))
     })
-}
-
-/// The `text` of a line's object.
-fn text_of(line: &str, name: &str, number: u64) -> Result<String> {
-    let value: Value = match serde_json::from_str(line) {
-        Ok(value) => value,
-        Err(error) => return refuse(format!("{name} line {number}: not valid JSON: {error}")),
-    };
-    let Value::Object(mut object) = value else {
-        return refuse(format!("{name} line {number}: a line must be an object such as {{\"text\": \"...\"}}"));
-    };
-    match object.remove("text") {
-        Some(Value::String(text)) => Ok(text),
-        Some(_) => refuse(format!("{name} line {number}: text must be a string")),
-        None if object.contains_key("messages") || object.contains_key("prompt") => refuse(format!(
-            "{name} line {number}: messages and prompt/completion are not supported yet; give the whole document as text"
-        )),
-        None => refuse(format!("{name} line {number}: the object has no text")),
-    }
 }

@@ -2,8 +2,8 @@
 //!
 //! Documents are taken in an order shuffled by the seed, and laid into the open sequence while they fit. A document longer
 //! than a sequence is refused, cut into sequences of its own, or cut short, as asked. Pieces of a split document overlap by
-//! one token: the last token of a piece is the first of the next, so that every token but the document's first is a label
-//! exactly once.
+//! one token: the last token of a piece is the first of the next, so that every trained token but the document's first is
+//! a label exactly once. A piece without any label teaches nothing and is left out.
 
 use super::Corpus;
 use crate::{
@@ -63,21 +63,21 @@ pub fn pack(corpus: &Corpus, settings: &Settings) -> Result<Packed> {
         summary.longest_document = summary.longest_document.max(length);
         let longest = settings.sequence_length;
         if length <= longest {
-            packed.lay(Piece { document, start: 0, length }, settings, &mut room);
+            packed.lay(corpus, Piece { document, start: 0, length }, settings, &mut room);
             continue;
         }
         match settings.long_documents {
             LongDocuments::Refuse => return refuse(corpus, document, longest),
             LongDocuments::Truncate => {
                 packed.summary.truncated_documents += 1;
-                packed.lay(Piece { document, start: 0, length: longest }, settings, &mut room);
+                packed.lay(corpus, Piece { document, start: 0, length: longest }, settings, &mut room);
             }
             LongDocuments::Split => {
                 packed.summary.split_documents += 1;
                 let mut start = 0;
                 while start + 1 < length {
                     let piece = Piece { document, start, length: longest.min(length - start) };
-                    packed.lay(piece, settings, &mut room);
+                    packed.lay(corpus, piece, settings, &mut room);
                     start += longest - 1;
                 }
             }
@@ -87,7 +87,9 @@ pub fn pack(corpus: &Corpus, settings: &Settings) -> Result<Packed> {
     packed.summary.sequences = packed.ends.len() as u64;
     packed.summary.sequence_length = settings.sequence_length;
     if packed.summary.valid_labels == 0 {
-        let message = "the files hold no token to train on: every document has a single token".to_owned();
+        let message =
+            "the files hold no token to train on: of every document a single token is left, or none that is trained"
+                .to_owned();
         return Err(Invalid::with_code("invalid_training_file", "training_file", message).into());
     }
     Ok(packed)
@@ -104,9 +106,14 @@ fn refuse(corpus: &Corpus, document: usize, longest: u64) -> Result<Packed> {
 
 impl Packed {
     /// Puts a piece into the open sequence, or opens one.
-    fn lay(&mut self, piece: Piece, settings: &Settings, room: &mut u64) {
+    fn lay(&mut self, corpus: &Corpus, piece: Piece, settings: &Settings, room: &mut u64) {
+        let labels = corpus.labels(&piece);
+        if labels == 0 {
+            self.summary.untrained_pieces += 1;
+            return;
+        }
         let padded = piece.length.next_multiple_of(settings.pad_to);
-        self.summary.valid_labels += piece.length - 1;
+        self.summary.valid_labels += labels;
         self.summary.padding += padded - piece.length;
         self.pieces.push(piece);
         if settings.packing && padded <= *room {

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, ops::Range, sync::Mutex};
 
 use super::{
-    Corpus,
+    Corpus, Token,
     pack::{Packed, Settings, pack, shuffled},
 };
 use crate::{domain::progress::DataSummary, engine::Result};
@@ -27,7 +27,7 @@ pub struct Dataset {
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Sequence {
     pub ids: Vec<i32>,
-    /// The next id of the same document, or [`IGNORED`].
+    /// The next id of the same document where it is trained, or [`IGNORED`].
     pub labels: Vec<i32>,
     /// From 0 in every document.
     pub positions: Vec<i32>,
@@ -102,12 +102,12 @@ impl Sequence {
 
     /// Appends a document, padded to a multiple of `pad_to`. Padding stands behind the document's last token, so no token
     /// sees it, and it has no label, so no loss counts it.
-    fn push(&mut self, tokens: &[i32], pad_to: u64) {
+    fn push(&mut self, tokens: &[Token], pad_to: u64) {
         let start = self.ids.len();
         let end = start + tokens.len().next_multiple_of(pad_to as usize);
-        self.ids.extend_from_slice(tokens);
+        self.ids.extend(tokens.iter().map(|token| token.id()));
         self.ids.resize(end, 0);
-        self.labels.extend_from_slice(&tokens[1..]);
+        self.labels.extend(tokens[1..].iter().map(|token| if token.is_trained() { token.id() } else { IGNORED }));
         self.labels.resize(end, IGNORED);
         self.positions.extend((0..end - start).map(|position| position as i32));
         self.documents.push(start as u64..end as u64);

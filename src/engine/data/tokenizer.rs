@@ -1,15 +1,21 @@
-//! A model folder's tokenizer: text to ids, with the begin and end tokens that the folder says a document has.
+//! A model folder's tokenizer: text to ids, with the begin and end tokens that the folder says a document has, and
+//! conversations to ids by its chat template, which writes such tokens itself.
 //!
 //! Long documents are cut before a space between two letters and the parts tokenized beside each other. Tokenizers that
 //! split words by pattern first (byte-level BPE) give the same ids for the parts as for the whole; any other kind is given
 //! the whole document.
 
-use std::path::Path;
+use std::{ops::Range, path::Path};
 
 use rayon::prelude::*;
 use serde_json::Value;
-use tokenizers::Tokenizer as HuggingFace;
+use tokenizers::{PostProcessorWrapper, Tokenizer as HuggingFace};
 
+use super::{
+    Token, chat,
+    examples::Example,
+    template::{Marked, Template},
+};
 use crate::{
     domain::Invalid,
     engine::{Error, Result},
@@ -26,6 +32,8 @@ pub struct Tokenizer {
     inner: HuggingFace,
     bos: Option<u32>,
     eos: Option<u32>,
+    /// Or what is wrong with it, which matters only to conversations.
+    template: std::result::Result<Option<Template>, Invalid>,
     /// Whether parts of a document may be tokenized apart.
     splits: bool,
     /// Digest of the files it was read from.
@@ -37,8 +45,10 @@ fn refuse<T>(message: String) -> Result<T> {
 }
 
 impl Tokenizer {
-    /// Reads `tokenizer.json` and, if there, `tokenizer_config.json`, and checks every id against the model's vocabulary.
-    pub fn open(folder: &Path, vocab_size: u64) -> Result<Self> {
+    /// Reads `tokenizer.json` and, if there, `tokenizer_config.json` and the chat template, and checks every id against the
+    /// model's vocabulary. `now` is the time that templates are told, in seconds since 1970: it is the job's, so that whoever
+    /// tokenizes its data does it alike.
+    pub fn open(folder: &Path, vocab_size: u64, now: u64) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         let size = match std::fs::metadata(&path) {
             Ok(metadata) => metadata.len(),
@@ -57,6 +67,8 @@ impl Tokenizer {
             return refuse("tokenizer.json has truncation settings that cannot be taken off".into());
         }
         inner.with_padding(None);
+        // It would only add the tokens that are added here, and take white space out of the offsets that marks go by.
+        inner.with_post_processor(None::<PostProcessorWrapper>);
         let config_path = folder.join("tokenizer_config.json");
         let config_bytes = std::fs::read(&config_path).unwrap_or_else(|_| b"{}".to_vec());
         let config: Value = match serde_json::from_slice(&config_bytes) {
@@ -74,13 +86,15 @@ impl Tokenizer {
             return refuse(message);
         }
         let (bos, eos) = (special(&inner, &config, "bos_token"), special(&inner, &config, "eos_token"));
-        let digest = [bytes.as_slice(), &config_bytes].map(digest).concat();
+        let template = Template::open(folder, &config, now);
+        let digest = digest(&[&bytes, &config_bytes, &told(template.as_ref().ok().and_then(Option::as_ref), now)]);
         let splits = splits_words_first(&serde_json::from_slice(&bytes).unwrap_or(Value::Null));
         let wants = |key: &str| config.get(key).and_then(Value::as_bool) != Some(false);
         Ok(Self {
             bos: bos.filter(|_| wants("add_bos_token")),
             eos: eos.filter(|_| wants("add_eos_token")),
             inner,
+            template,
             splits,
             digest,
         })
@@ -91,28 +105,108 @@ impl Tokenizer {
         &self.digest
     }
 
-    /// A document's ids: begin token, text, end token. Empty text gives no ids at all.
-    pub fn document(&self, text: &str) -> Result<Vec<i32>> {
+    /// The tokens of an example and which of them are trained. An empty text gives none at all.
+    pub fn example(&self, example: &Example) -> Result<Vec<Token>> {
+        match example {
+            Example::Text(text) => {
+                self.document(text).map(|ids| ids.into_iter().map(|id| Token::new(id, true)).collect())
+            }
+            Example::Pair { prompt, completion } => {
+                let text = format!("{prompt}{completion}");
+                let mut tokens = self.marked(&text, std::slice::from_ref(&(prompt.len()..text.len())))?;
+                self.begin(&mut tokens, |token| token.id() as u32, |id| Token::new(id, false));
+                self.end(&mut tokens, |token| token.id() as u32, |id| Token::new(id, true));
+                Ok(tokens)
+            }
+            Example::Chat(chat) => {
+                let Some(template) = self.template.as_ref().map_err(Invalid::clone)? else {
+                    let message = "messages need a chat template, and the model has none: put a chat_template.jinja into its \
+                                   folder, or write the lines as prompt and completion or as text";
+                    return Err(Invalid::with_code("no_chat_template", "model", message).into());
+                };
+                let marked = chat::mark(chat, template);
+                let Marked { text, trained } =
+                    marked.map_err(|why| Invalid::with_code("invalid_training_file", "training_file", why))?;
+                self.marked(&text, &trained)
+            }
+        }
+    }
+
+    /// A document's ids: begin token, text, end token, each where the text does not have it already. Empty text gives no ids
+    /// at all.
+    pub fn document(&self, text: &str) -> Result<Vec<u32>> {
         if text.is_empty() {
             return Ok(Vec::new());
         }
-        let parts = if self.splits { parts(text) } else { vec![text] };
-        let encoded: Vec<_> = parts.into_par_iter().map(|part| self.inner.encode_fast(part, false)).collect();
-        let mut ids: Vec<i32> = self.bos.into_iter().map(|id| id as i32).collect();
+        let encode = |part: &&str| self.inner.encode_fast(*part, false);
+        let encoded: Vec<_> = self.parts(text).par_iter().map(encode).collect();
+        let mut ids = Vec::new();
         for encoding in encoded {
-            match encoding {
-                Ok(encoding) => ids.extend(encoding.get_ids().iter().map(|id| *id as i32)),
-                Err(error) => return refuse(format!("the tokenizer failed on a document: {error}")),
-            }
+            ids.extend_from_slice(encoding.map_err(failed)?.get_ids());
         }
-        ids.extend(self.eos.map(|id| id as i32));
+        self.begin(&mut ids, |id| *id, |id| id);
+        self.end(&mut ids, |id| *id, |id| id);
         Ok(ids)
+    }
+
+    /// The text of ids, special tokens and all.
+    pub fn text(&self, ids: &[u32]) -> Result<String> {
+        self.inner.decode(ids, false).map_err(failed)
+    }
+
+    /// Tokens of a text. One that has a byte of the trained ranges is trained.
+    fn marked(&self, text: &str, trained: &[Range<usize>]) -> Result<Vec<Token>> {
+        let encode = |part: &&str| self.inner.encode(*part, false);
+        let parts = self.parts(text);
+        let encoded: Vec<_> = parts.par_iter().map(encode).collect();
+        let mut tokens = Vec::new();
+        let mut ranges = trained.iter().peekable();
+        let mut first = 0;
+        for (part, encoding) in parts.iter().zip(encoded) {
+            let encoding = encoding.map_err(failed)?;
+            for (id, (start, end)) in encoding.get_ids().iter().zip(encoding.get_offsets()) {
+                let (start, end) = (first + start, first + end);
+                while ranges.next_if(|range| range.end <= start).is_some() {}
+                tokens.push(Token::new(*id, ranges.peek().is_some_and(|range| range.start < end)));
+            }
+            first += part.len();
+        }
+        Ok(tokens)
+    }
+
+    fn parts<'a>(&self, text: &'a str) -> Vec<&'a str> {
+        if self.splits { parts(text) } else { vec![text] }
+    }
+
+    /// Texts made for a model may begin with its begin token already: a second one would be seen by nobody but the model.
+    fn begin<T>(&self, tokens: &mut Vec<T>, id: impl Fn(&T) -> u32, new: impl Fn(u32) -> T) {
+        if let Some(bos) = self.bos.filter(|bos| tokens.first().map(&id) != Some(*bos)) {
+            tokens.insert(0, new(bos));
+        }
+    }
+
+    fn end<T>(&self, tokens: &mut Vec<T>, id: impl Fn(&T) -> u32, new: impl Fn(u32) -> T) {
+        if let Some(eos) = self.eos.filter(|eos| tokens.last().map(&id) != Some(*eos)) {
+            tokens.push(new(eos));
+        }
     }
 }
 
-fn digest(bytes: &[u8]) -> Vec<u8> {
+#[expect(clippy::needless_pass_by_value, reason = "the shape of map_err")]
+fn failed(error: tokenizers::Error) -> Error {
+    Invalid::with_code("invalid_tokenizer", "model", format!("the tokenizer failed on a document: {error}")).into()
+}
+
+fn digest(parts: &[&[u8]]) -> Vec<u8> {
     use sha2::{Digest, Sha256};
-    Sha256::digest(bytes).to_vec()
+    parts.iter().flat_map(Sha256::digest).collect()
+}
+
+/// What a chat template makes its text of, beside the messages.
+fn told(template: Option<&Template>, now: u64) -> Vec<u8> {
+    let time = template.filter(|template| template.tells_time()).map(|_| now.to_le_bytes());
+    let source = template.map_or("", Template::source).as_bytes();
+    [source, time.as_ref().map_or(&[], <[u8; 8]>::as_slice)].concat()
 }
 
 /// Id of a special token that the config names, as a string or as an object with `content`.

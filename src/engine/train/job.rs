@@ -11,7 +11,7 @@ use super::{
 use crate::{
     domain::{
         ModelConfig, RunSpec, TrainingSpec,
-        progress::{Evaluation, StepMetrics, WrittenCheckpoint},
+        progress::{Evaluation, PreviewedExample, StepMetrics, WrittenCheckpoint},
         run::Ranks,
         training,
     },
@@ -33,6 +33,8 @@ pub(super) struct Data {
     pub order: Order,
     /// Sequences are padded at their end to a multiple of so many tokens.
     pub multiple: u64,
+    /// The first examples, to be shown.
+    pub preview: Vec<PreviewedExample>,
 }
 
 impl Data {

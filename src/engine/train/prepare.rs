@@ -6,12 +6,16 @@ use serde_json::json;
 use super::{Observer, job::Data, order::Order};
 use crate::{
     domain::{
-        Event, Invalid, Level, ModelConfig, RunSpec, attention_workspace::TILE_KEYS, machine::DeviceKind,
-        progress::DataSummary, run::DataFile, training::LongDocuments,
+        Event, Invalid, Level, ModelConfig, RunSpec,
+        attention_workspace::TILE_KEYS,
+        machine::DeviceKind,
+        progress::{DataSummary, HeldOut, PreviewedExample},
+        run::DataFile,
+        training::LongDocuments,
     },
     engine::{
         Result,
-        data::{Corpus, Dataset, Tokenizer, pack::Settings},
+        data::{Corpus, Dataset, Tokenizer, pack::Settings, preview::preview},
     },
     plan::{self, Plan, Ranks, Request},
 };
@@ -35,6 +39,7 @@ pub(super) struct Settled {
 struct Corpora {
     training: Corpus,
     validation: Option<Corpus>,
+    preview: Vec<PreviewedExample>,
 }
 
 /// Reads the data, settles the sequence length, and plans for it: as rank 0, or to inspect the data.
@@ -61,11 +66,12 @@ pub(super) fn data(run: &RunSpec, config: &ModelConfig, settled: &Settled) -> Re
 
 impl Corpora {
     fn open(run: &RunSpec, config: &ModelConfig) -> Result<Self> {
-        let tokenizer = Tokenizer::open(&run.model, config.vocab_size)?;
+        let tokenizer = Tokenizer::open(&run.model, config.vocab_size, run.created_at)?;
         let folder = run.work_dir.join("tokens");
         let training = Corpus::open(&run.training_files, &tokenizer, &folder)?;
         let validation = open_validation(&run.validation_files, &tokenizer, &folder)?;
-        Ok(Self { training, validation })
+        let preview = preview(&training, &tokenizer)?;
+        Ok(Self { training, validation, preview })
     }
 
     fn settle(&self, run: &RunSpec, config: &ModelConfig, observer: &mut dyn Observer) -> Result<Settled> {
@@ -114,7 +120,7 @@ impl Corpora {
             (Some(steps), _) => Order::steps(n, per_step, steps),
             (None, epochs) => Order::epochs(n, per_step, u64::from(epochs.unwrap_or(1))),
         };
-        Ok(Data { training, validation, order, multiple: multiple(run) })
+        Ok(Data { training, validation, order, multiple: multiple(run), preview: self.preview })
     }
 }
 
@@ -137,7 +143,16 @@ fn open_validation(files: &[DataFile], tokenizer: &Tokenizer, folder: &std::path
 
 /// Counts of the data set, with the steps it will take.
 pub(super) fn summary(data: &Data) -> DataSummary {
-    DataSummary { total_steps: data.order.total_steps, ..data.training.summary().clone() }
+    let held_out = |dataset: &Dataset| {
+        let DataSummary { documents, tokens, valid_labels, sequences, .. } = *dataset.summary();
+        HeldOut { documents, tokens, valid_labels, sequences }
+    };
+    DataSummary {
+        total_steps: data.order.total_steps,
+        validation: data.validation.as_ref().map(held_out),
+        preview: data.preview.clone(),
+        ..data.training.summary().clone()
+    }
 }
 
 /// Tells what the machine will do.

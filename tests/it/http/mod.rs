@@ -8,4 +8,5 @@ mod files;
 mod hub;
 mod job_creation;
 mod job_life;
+mod plans;
 mod refused_uploads;

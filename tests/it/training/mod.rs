@@ -88,6 +88,7 @@ impl Studio {
             epoch: 1,
             model: self.model(),
             model_name: "small".into(),
+            created_at: 1_700_000_000,
             training_files: files.to_vec(),
             validation_files: Vec::new(),
             training,
