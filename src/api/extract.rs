@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::{ApiError, error::excerpt};
 use crate::{
-    domain::{CheckpointId, FileId, Invalid, JobId},
+    domain::{CheckpointId, FileId, Invalid, JobId, UploadId},
     store::{Order, Page},
 };
 
@@ -28,6 +28,10 @@ impl Named for FileId {
 
 impl Named for JobId {
     const WHAT: &'static str = "fine-tuning job";
+}
+
+impl Named for UploadId {
+    const WHAT: &'static str = "upload";
 }
 
 impl Named for CheckpointId {

@@ -64,6 +64,8 @@ macro_rules! id {
 }
 
 id!(/** An uploaded file. */ FileId, "file-");
+id!(/** An upload in parts. */ UploadId, "upload_");
+id!(/** One part of an upload. */ PartId, "part_");
 id!(/** A fine-tuning job. */ JobId, "ftjob-");
 id!(/** One event of a job. */ EventId, "ftevent-");
 id!(/** One checkpoint of a job. */ CheckpointId, "ftckpt_");

@@ -22,6 +22,7 @@ mod page;
 pub mod private;
 pub mod queue;
 pub mod retention;
+pub mod uploads;
 pub mod weights;
 
 pub use page::{Listed, Order, Page};

@@ -3,6 +3,7 @@
 mod hosts;
 mod hub;
 mod ranks;
+mod uploads;
 
 use std::{fs, path::Path};
 

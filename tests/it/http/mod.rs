@@ -9,3 +9,4 @@ mod hub;
 mod job_creation;
 mod job_life;
 mod refused_uploads;
+mod uploads;
