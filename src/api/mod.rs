@@ -31,9 +31,11 @@ pub mod job_object;
 pub mod jobs;
 pub mod layers;
 pub mod models;
+pub mod permissions;
 pub mod tar;
 pub mod upload;
 pub mod uploads;
+pub mod webhooks;
 
 pub use error::{ApiError, ErrorEnvelope};
 
@@ -131,11 +133,17 @@ fn table() -> OpenApiRouter<Api> {
         .routes(routes!(jobs::create_job, jobs::list_jobs))
         .routes(routes!(jobs::retrieve_job))
         .routes(routes!(jobs::cancel_job))
+        .routes(routes!(jobs::pause_job))
+        .routes(routes!(jobs::resume_job))
         .routes(routes!(events::list_events))
         .routes(routes!(checkpoints::list_checkpoints))
         .routes(routes!(checkpoints::list_checkpoint_files))
         .routes(routes!(models::list_models))
-        .routes(routes!(models::retrieve_model))
+        .routes(routes!(models::retrieve_model, models::delete_model))
+        .routes(routes!(permissions::create_permissions, permissions::list_permissions))
+        .routes(routes!(permissions::delete_permission))
+        .routes(routes!(webhooks::create_webhook, webhooks::list_webhooks))
+        .routes(routes!(webhooks::retrieve_webhook, webhooks::delete_webhook))
         .routes(routes!(hub::repository))
         .routes(routes!(hub::repository_revision))
         .routes(routes!(hub::repository_tree))
@@ -174,6 +182,7 @@ fn table() -> OpenApiRouter<Api> {
         (name = "fine-tuning", description = "Jobs, their events and their checkpoints."),
         (name = "downloads", description = "The weights."),
         (name = "models", description = "What can be tuned, and what was."),
+        (name = "webhooks", description = "Who is told of the end of jobs."),
         (name = "hub", description = "Fine-tuned models by name, for Hugging Face's clients: set HF_ENDPOINT to <this server>/hf."),
         (name = "service", description = "For load balancers.")
     )
@@ -186,7 +195,11 @@ async fn sweep(store: Store, stop: CancellationToken) {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(SWEEP_PAUSE) => {}
         }
-        let swept = async { Ok::<_, Error>(store.sweep_uploads().await? + store.sweep_files(ORPHAN_AGE).await?) };
+        let swept = async {
+            let forgotten = store.sweep_messages().await?;
+            tracing::debug!(forgotten, "old webhook messages");
+            Ok::<_, Error>(store.sweep_uploads().await? + store.sweep_files(ORPHAN_AGE).await?)
+        };
         match swept.await {
             Ok(0) => {}
             Ok(gone) => tracing::info!(gone, "expired files and abandoned uploads deleted"),

@@ -69,4 +69,6 @@ id!(/** One part of an upload. */ PartId, "part_");
 id!(/** A fine-tuning job. */ JobId, "ftjob-");
 id!(/** One event of a job. */ EventId, "ftevent-");
 id!(/** One checkpoint of a job. */ CheckpointId, "ftckpt_");
+id!(/** A project's permission to use a checkpoint. */ PermissionId, "cp_");
+id!(/** A receiver of webhooks. */ WebhookId, "whe_");
 id!(/** One running executor process; new at every start. */ ExecutorId, "exec-");

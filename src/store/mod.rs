@@ -19,10 +19,14 @@ pub mod files;
 pub mod hosts;
 pub mod jobs;
 mod page;
+pub mod permissions;
 pub mod private;
 pub mod queue;
+pub mod results;
 pub mod retention;
+pub mod steer;
 pub mod uploads;
+pub mod webhooks;
 pub mod weights;
 
 pub use page::{Listed, Order, Page};
