@@ -1,5 +1,5 @@
 // Cross entropy over a tile of logits, gradient in place, with an online softmax (Milakov & Gimelshein 2018,
-// arXiv 1805.02867) so that a row is read once for the loss and once more only for the gradient:
+// arXiv 1805.02867):
 //
 //   loss = m + log(sum(exp(x - m))) - x[label],  m the largest logit;  correct = the first largest logit is the label's
 //   with gradient:  x <- (exp(x - m) / sum - onehot(label)) gradient,  and 0 in rows whose label is negative
@@ -8,15 +8,17 @@
 // f32. A label of V or more is a broken invariant and makes the loss NaN. cross_entropy_sums adds the rows up in f64 and in
 // a fixed order. Suffix _8: V is a multiple of 8 and rows are read 16 bytes a thread; suffix _1: any V.
 //
-// One block a row, and one block a multiprocessor: the rows under way, 256 KB each at V = 128,256, would pass an H100's L2
-// if there were two. Each thread keeps its first `kept` vectors in shared memory (all its own: no barrier), the oldest and so
-// the first that the L2 would lose; the second pass finds the others there. The first pass reads AHEAD vectors at once and
-// those of the next turn before it works on them. Exponentials are powers of 2 of x log2(e) - M with the M that the sum was
-// made with, one fused operation each, so that the rounding of M cancels.
+// One block a multiprocessor takes every gridDim.x-th row. A row stays on the chip between its two passes: a thread has `slots`
+// pairs of vectors in shared memory (all its own: no barrier) and HELD in registers; what is beyond is read again. When this
+// row needs a slot no more, the block's next row is copied into it, asynchronously: memory is read while exponentials are taken
+// and gradients are written. Exponentials are powers of 2 of x log2(e) - M with the M that the sum was made with, one fused
+// operation each, so that the rounding of M cancels.
 #include "rows.cuh"
 
 constexpr int THREADS = 1024;
-constexpr int AHEAD = 4;
+// Slots are waited for in so many groups.
+constexpr int GROUPS = 4;
+constexpr int HELD = 2;
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 // Below every logit that makes sense, and finite after the change of base: exp2(-inf - M) is 0 where -inf - -inf is NaN.
@@ -29,9 +31,10 @@ template <> struct Packed<8> {
     uint4 bits;
 
     static __device__ __forceinline__ Packed read(const __nv_bfloat16* p) { return {*reinterpret_cast<const uint4*>(p)}; }
-    // For the last time: the L2 may drop it first.
-    static __device__ __forceinline__ Packed read_last(const __nv_bfloat16* p) {
-        return {__ldcs(reinterpret_cast<const uint4*>(p))};
+    // Arrives in the slot later: see wait.
+    static __device__ __forceinline__ void fetch(Packed* slot, const __nv_bfloat16* p) {
+        const uint32_t to = uint32_t(__cvta_generic_to_shared(slot));
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(p) : "memory");
     }
     // Minus infinity, which adds nothing.
     static __device__ __forceinline__ Packed nothing() {
@@ -52,10 +55,15 @@ template <> struct Packed<1> {
     __nv_bfloat16 bits;
 
     static __device__ __forceinline__ Packed read(const __nv_bfloat16* p) { return {*p}; }
-    static __device__ __forceinline__ Packed read_last(const __nv_bfloat16* p) { return {*p}; }
+    static __device__ __forceinline__ void fetch(Packed* slot, const __nv_bfloat16* p) { slot->bits = *p; }
     static __device__ __forceinline__ Packed nothing() { return {__ushort_as_bfloat16(0xff80u)}; }
     __device__ __forceinline__ Lanes<1> lanes() const { return {{__bfloat162float(bits)}}; }
     __device__ __forceinline__ float max() const { return __bfloat162float(bits); }
+};
+
+// Two vectors of a thread, those of turns 2 p and 2 p + 1: a row's vector j is thread j % THREADS's in turn j / THREADS.
+template <int N> struct Pair {
+    Packed<N> of[2];
 };
 
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -67,7 +75,7 @@ __device__ __forceinline__ float exp2_approx(float x) {
 // The M of a largest logit. Rounded by itself: fused into a difference, it would not be the M that the sum was made with.
 __device__ __forceinline__ float base_of(float max) { return __fmul_rn(max, LOG2_E); }
 
-// Largest logit, largest of those before the label's vector, and the sum of exponentials over that of the largest.
+// Largest logit, largest of those before the label, and the sum of exponentials over that of the largest.
 struct Softmax {
     float max;
     float before;
@@ -82,9 +90,15 @@ __device__ __forceinline__ Softmax join(Softmax a, Softmax b) {
     return {max, fmaxf(a.before, b.before), __fadd_rn(of_a, of_b)}; // unfused: the same with a and b exchanged
 }
 
+// Where warps leave what the others need. Rows use two in turn: before one is written again, all have passed a barrier behind
+// their last read of it.
+struct Board {
+    Softmax parts[WARP];
+    float target; // the label's logit
+};
+
 // Every thread gets the same, joined in a fixed order.
-__device__ __forceinline__ Softmax join_block(Softmax x) {
-    __shared__ Softmax parts[WARP];
+__device__ __forceinline__ Softmax join_block(Softmax x, Board& board) {
 #pragma unroll
     for (int pass = 0; pass < 2; pass++) {
 #pragma unroll
@@ -92,112 +106,206 @@ __device__ __forceinline__ Softmax join_block(Softmax x) {
             x = join(x, {__shfl_xor_sync(0xffffffffu, x.max, step), __shfl_xor_sync(0xffffffffu, x.before, step),
                          __shfl_xor_sync(0xffffffffu, x.sum, step)});
         if (pass == 1) break;
-        if (threadIdx.x % WARP == 0) parts[threadIdx.x / WARP] = x;
+        if (threadIdx.x % WARP == 0) board.parts[threadIdx.x / WARP] = x;
         __syncthreads();
-        x = parts[threadIdx.x % WARP]; // there are as many warps as lanes
+        x = board.parts[threadIdx.x % WARP]; // there are as many warps as lanes
     }
     return x;
 }
 
-template <int N>
-__device__ __forceinline__ void one_row(float2* __restrict__ rows, __nv_bfloat16* __restrict__ logits,
-                                        const int32_t* __restrict__ labels, int64_t vocab, int with_gradient,
-                                        float gradient, int kept) {
-    extern __shared__ uint4 shared_memory[];
-    Packed<N>* own = reinterpret_cast<Packed<N>*>(shared_memory) + threadIdx.x; // vector i of the thread at i * THREADS
-    const int64_t label = labels[blockIdx.x];
-    const int vectors = int(vocab / N);
-    logits += blockIdx.x * vocab;
-    if (label < 0) {
-        if (threadIdx.x == 0) rows[blockIdx.x] = {0.f, 0.f};
-        if (with_gradient)
-            for (int j = threadIdx.x; j < vectors; j += THREADS) store<N>(logits + int64_t(j) * N, Lanes<N>{});
-        return;
-    }
-    const int label_vector = int(label / N);
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
-    Softmax mine = {LOWEST, LOWEST, 0.f};
-    Packed<N> next[AHEAD];
-    const auto read = [&](int first) {
+// Until no more than `younger` of the groups are under way.
+__device__ __forceinline__ void wait(int younger) {
+    switch (younger) { // the instruction takes constants only
+    case 0: asm volatile("cp.async.wait_group 0;" ::: "memory"); break;
+    case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
+    case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
+    default: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
+    }
+}
+
+// A thread's share of every row.
+template <int N> struct Share {
+    Packed<N>* own; // slot of turn i at i THREADS
+    int slots;      // pairs in shared memory
+    int vectors;    // of a row
+    int pairs;      // of a thread's, the last ones not whole
+
+    __device__ __forceinline__ int vector(int turn) const { return turn * THREADS + threadIdx.x; }
+    __device__ __forceinline__ int first_slot_of(int group) const { return slots * group / GROUPS; }
+
+    __device__ __forceinline__ Pair<N> read(const __nv_bfloat16* row, int pair) const {
+        Pair<N> x;
 #pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
-            const int64_t j = int64_t(first) + u * THREADS;
-            next[u] = j < vectors ? Packed<N>::read(logits + j * N) : Packed<N>::nothing();
+        for (int u = 0; u < 2; u++) {
+            const int64_t j = vector(2 * pair + u);
+            x.of[u] = j < vectors ? Packed<N>::read(row + j * N) : Packed<N>::nothing();
         }
-    };
-    read(threadIdx.x);
-    for (int first = threadIdx.x, turn = 0; first < vectors; first += AHEAD * THREADS, turn += AHEAD) {
-        Packed<N> x[AHEAD];
+        return x;
+    }
+    // The pairs behind the slots.
+    __device__ __forceinline__ void hold(Pair<N> (&held)[HELD], const __nv_bfloat16* row) const {
 #pragma unroll
-        for (int u = 0; u < AHEAD; u++) x[u] = next[u];
-        read(first + AHEAD * THREADS);
-        float max = mine.max;
+        for (int i = 0; i < HELD; i++)
+            if (slots + i < pairs) held[i] = read(row, slots + i);
+    }
+    __device__ __forceinline__ Pair<N> kept(int pair) const {
+        return {own[2 * pair * THREADS], own[(2 * pair + 1) * THREADS]};
+    }
+    // Slots behind the end of the rows.
+    __device__ __forceinline__ void clear() const {
+        for (int turn = 0; turn < 2 * slots; turn++)
+            if (vector(turn) >= vectors) own[turn * THREADS] = Packed<N>::nothing();
+    }
+    __device__ __forceinline__ void fetch(const __nv_bfloat16* row, int pair) const {
 #pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
-            const float most = x[u].max();
+        for (int u = 0; u < 2; u++) {
+            const int64_t j = vector(2 * pair + u);
+            if (j < vectors) Packed<N>::fetch(own + (2 * pair + u) * THREADS, row + j * N);
+        }
+    }
+    // Into all slots, of a row if there is one.
+    __device__ __forceinline__ void fetch_all(const __nv_bfloat16* row) const {
+        for (int group = 0; group < GROUPS; group++) {
+            for (int p = first_slot_of(group); row && p < first_slot_of(group + 1); p++) fetch(row, p);
+            end_group();
+        }
+    }
+
+    __device__ __forceinline__ void add(Softmax& sum, const Pair<N>& x, int pair, int64_t label, Board& board) const {
+        float max = sum.max;
+#pragma unroll
+        for (int u = 0; u < 2; u++) {
+            const int64_t first = int64_t(vector(2 * pair + u)) * N;
+            const float most = x.of[u].max();
             max = fmaxf(max, most);
-            if (first + u * THREADS < label_vector) mine.before = fmaxf(mine.before, most);
-            if (turn + u < kept) own[(turn + u) * THREADS] = x[u];
+            if (first + N <= label) {
+                sum.before = fmaxf(sum.before, most);
+            } else if (first <= label) {
+                const Lanes<N> lanes = x.of[u].lanes();
+#pragma unroll
+                for (int i = 0; i < N; i++) {
+                    if (first + i < label) sum.before = fmaxf(sum.before, lanes.v[i]);
+                    if (first + i == label) board.target = lanes.v[i];
+                }
+            }
         }
         const float base = base_of(max);
-        float sums[AHEAD] = {mine.sum * exp2_approx(base_of(mine.max) - base)};
+        float sums[2] = {sum.sum * exp2_approx(base_of(sum.max) - base), 0.f};
 #pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
-            const Lanes<N> lanes = x[u].lanes();
+        for (int u = 0; u < 2; u++) {
+            const Lanes<N> lanes = x.of[u].lanes();
 #pragma unroll
             for (int i = 0; i < N; i++) sums[u] += exp2_approx(fmaf(lanes.v[i], LOG2_E, -base));
         }
-        mine = {max, mine.before, (sums[0] + sums[1]) + (sums[2] + sums[3])};
+        sum.max = max;
+        sum.sum = sums[0] + sums[1];
     }
-    const Softmax all = join_block(mine);
-    const float base = base_of(all.max);
-    if (threadIdx.x == 0) {
-        const float target = label < vocab ? __bfloat162float(logits[label]) : NAN;
-        float before = all.before;
-        for (int64_t j = int64_t(label_vector) * N; j < label && j < vocab; j++)
-            before = fmaxf(before, __bfloat162float(logits[j]));
-        const float lse = base * LN_2 + logf(all.sum);
-        rows[blockIdx.x] = {lse - target, target == all.max && before < all.max ? 1.f : 0.f};
-    }
-    if (!with_gradient) return;
-    __syncthreads(); // the label's vector is read before it is overwritten
-    const float scale = gradient / all.sum;
-    for (int first = threadIdx.x, turn = 0; first < vectors; first += AHEAD * THREADS, turn += AHEAD) {
-        Packed<N> x[AHEAD];
+
+    __device__ __forceinline__ void write_gradient(__nv_bfloat16* row, const Pair<N>& x, int pair, int64_t label, float base,
+                                                   float scale, float gradient) const {
 #pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
-            const int64_t j = int64_t(first) + u * THREADS;
-            if (j < vectors) x[u] = turn + u < kept ? own[(turn + u) * THREADS] : Packed<N>::read_last(logits + j * N);
-        }
-#pragma unroll
-        for (int u = 0; u < AHEAD; u++) {
-            const int64_t j = int64_t(first) + u * THREADS;
+        for (int u = 0; u < 2; u++) {
+            const int64_t j = vector(2 * pair + u);
             if (j >= vectors) continue;
-            Lanes<N> lanes = x[u].lanes();
+            Lanes<N> lanes = x.of[u].lanes();
 #pragma unroll
             for (int i = 0; i < N; i++) lanes.v[i] = exp2_approx(fmaf(lanes.v[i], LOG2_E, -base)) * scale;
-            if (j == label_vector) {
+            const int64_t at = label - j * N;
+            if (at >= 0 && at < N) {
 #pragma unroll
-                for (int i = 0; i < N; i++)
-                    if (i == int(label % N)) lanes.v[i] -= gradient;
+                for (int i = 0; i < N; i++) lanes.v[i] -= i == at ? gradient : 0.f;
             }
-            store<N>(logits + j * N, lanes);
+            store<N>(row + j * N, lanes);
         }
+    }
+};
+
+template <int N>
+__device__ __forceinline__ void all_rows(float2* __restrict__ rows, __nv_bfloat16* logits, const int32_t* __restrict__ labels,
+                                         int64_t t, int64_t vocab, bool with_gradient, float gradient, int slots) {
+    extern __shared__ uint4 shared_memory[];
+    __shared__ Board boards[2];
+    const int vectors = int(vocab / N), pairs = (vectors + 2 * THREADS - 1) / (2 * THREADS);
+    const Share<N> mine = {reinterpret_cast<Packed<N>*>(shared_memory) + threadIdx.x, slots, vectors, pairs};
+    mine.clear();
+    int64_t label = labels[blockIdx.x];
+    mine.fetch_all(label < 0 ? nullptr : logits + blockIdx.x * vocab);
+    Pair<N> held[HELD];
+    mine.hold(held, logits + blockIdx.x * vocab);
+    int turn = 0;
+    for (int64_t r = blockIdx.x; r < t; r += gridDim.x, turn ^= 1) {
+        __nv_bfloat16* const row = logits + r * vocab;
+        const int64_t next_label = r + gridDim.x < t ? labels[r + gridDim.x] : -1;
+        const __nv_bfloat16* const next = next_label < 0 ? nullptr : row + gridDim.x * vocab;
+        const int64_t this_label = label;
+        label = next_label;
+        if (this_label < 0) {
+            if (threadIdx.x == 0) rows[r] = {0.f, 0.f};
+            for (int64_t j = threadIdx.x; with_gradient && j < vectors; j += THREADS)
+                store<N>(row + j * N, Lanes<N>{});
+            mine.fetch_all(next);
+            if (next) mine.hold(held, next);
+            continue;
+        }
+        Board& board = boards[turn];
+        Softmax sum = {LOWEST, LOWEST, 0.f};
+        for (int p = slots + HELD; p < pairs; p++) mine.add(sum, mine.read(row, p), p, this_label, board);
+#pragma unroll
+        for (int i = 0; i < HELD; i++)
+            if (slots + i < pairs) mine.add(sum, held[i], slots + i, this_label, board);
+        if (!with_gradient && next) mine.hold(held, next);
+#pragma unroll 1
+        for (int group = 0; group < GROUPS; group++) {
+            // Without a gradient this row's groups are followed by the next one's as they are used up.
+            wait(with_gradient ? GROUPS - 1 - group : GROUPS - 1);
+            for (int p = mine.first_slot_of(group); p < mine.first_slot_of(group + 1); p++) {
+                mine.add(sum, mine.kept(p), p, this_label, board);
+                if (!with_gradient && next) mine.fetch(next, p);
+            }
+            if (!with_gradient) end_group();
+        }
+        const Softmax all = join_block(sum, board);
+        const float base = base_of(all.max);
+        if (threadIdx.x == 0) {
+            const float target = this_label < vocab ? board.target : NAN;
+            const float lse = base * LN_2 + logf(all.sum);
+            rows[r] = {lse - target, target == all.max && all.before < all.max ? 1.f : 0.f};
+        }
+        if (!with_gradient) continue;
+        const float scale = gradient / all.sum;
+        const auto write = [&](const Pair<N>& x, int pair) {
+            mine.write_gradient(row, x, pair, this_label, base, scale, gradient);
+        };
+#pragma unroll 1
+        for (int group = 0; group < GROUPS; group++) {
+            for (int p = mine.first_slot_of(group); p < mine.first_slot_of(group + 1); p++) {
+                write(mine.kept(p), p);
+                if (next) mine.fetch(next, p);
+            }
+            end_group();
+        }
+#pragma unroll
+        for (int i = 0; i < HELD; i++)
+            if (slots + i < pairs) write(held[i], slots + i);
+        if (next) mine.hold(held, next);
+        for (int p = slots + HELD; p < pairs; p++) write(mine.read(row, p), p);
     }
 }
 
 extern "C" {
 
 __global__ void __launch_bounds__(THREADS)
-cross_entropy_8(float2* rows, __nv_bfloat16* logits, const int32_t* labels, int64_t vocab, int with_gradient, float gradient,
-                int kept) {
-    one_row<8>(rows, logits, labels, vocab, with_gradient, gradient, kept);
+cross_entropy_8(float2* rows, __nv_bfloat16* logits, const int32_t* labels, int64_t t, int64_t vocab, int with_gradient,
+                float gradient, int slots) {
+    all_rows<8>(rows, logits, labels, t, vocab, with_gradient, gradient, slots);
 }
 
 __global__ void __launch_bounds__(THREADS)
-cross_entropy_1(float2* rows, __nv_bfloat16* logits, const int32_t* labels, int64_t vocab, int with_gradient, float gradient,
-                int kept) {
-    one_row<1>(rows, logits, labels, vocab, with_gradient, gradient, kept);
+cross_entropy_1(float2* rows, __nv_bfloat16* logits, const int32_t* labels, int64_t t, int64_t vocab, int with_gradient,
+                float gradient, int slots) {
+    all_rows<1>(rows, logits, labels, t, vocab, with_gradient, gradient, slots);
 }
 
 // sums[0] += losses, sums[1] += right guesses of t rows. One block.

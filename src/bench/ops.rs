@@ -7,6 +7,7 @@ mod attention;
 mod elementwise;
 mod embedding;
 mod optimizer;
+mod packed;
 mod rope;
 mod rows;
 mod twin;
@@ -40,9 +41,12 @@ pub struct Args {
     /// Longest key prefix that attention is timed against, in tokens
     #[arg(long, default_value_t = 1 << 20)]
     pub keys: u64,
-    /// Only the operations of this group: elementwise, optimizer, embedding, rope, rows or attention
+    /// Only the operations of this group: elementwise, optimizer, embedding, rope, rows, attention or packed
     #[arg(long)]
     pub only: Option<String>,
+    /// Check errors, and time nothing
+    #[arg(long)]
+    pub check_only: bool,
     /// Threads of the CPU reference; all cores by default
     #[arg(long)]
     pub threads: Option<usize>,
@@ -61,13 +65,14 @@ type Check = fn(&mut Twins, &mut Report) -> Result;
 type Measure = fn(&mut Twins, &mut Report, u64) -> Result;
 
 /// The operations by name.
-const GROUPS: [(&str, Check, Measure); 6] = [
+const GROUPS: [(&str, Check, Measure); 7] = [
     ("elementwise", elementwise::check, |t, r, _| elementwise::measure(t, r)),
     ("optimizer", optimizer::check, |t, r, _| optimizer::measure(t, r)),
     ("embedding", embedding::check, |t, r, _| embedding::measure(t, r)),
     ("rope", rope::check, |t, r, _| rope::measure(t, r)),
     ("rows", rows::check, |t, r, _| rows::measure(t, r)),
     ("attention", attention::check, attention::measure),
+    ("packed", packed::check, |t, r, _| packed::measure(t, r)),
 ];
 
 /// Timed runs of a kernel.
@@ -122,9 +127,11 @@ pub fn run(args: &Args, out: &mut impl Write) -> Result {
     for (_, check, _) in GROUPS.iter().filter(|(name, ..)| wanted(name)) {
         check(t, r)?;
     }
-    rows::copy(t, r)?;
-    for (_, _, measure) in GROUPS.iter().filter(|(name, ..)| wanted(name)) {
-        measure(t, r, args.keys)?;
+    if !args.check_only {
+        rows::copy(t, r)?;
+        for (_, _, measure) in GROUPS.iter().filter(|(name, ..)| wanted(name)) {
+            measure(t, r, args.keys)?;
+        }
     }
     if report.wrong.is_empty() {
         return Ok(());

@@ -111,7 +111,7 @@ impl Needs {
         };
         Self {
             device: on_device * (layout.bytes + process.device + process.spare),
-            host: here * (layout.host_bytes + process.host),
+            host: here * (layout.host_bytes + process.host + process.host_spare),
             disk: here * disk_bytes(request.model, request.widths(), request.tokens, choice),
         }
     }

@@ -10,8 +10,11 @@ use crate::domain::{
 /// Measured: the kernels of cuBLASLt and cuDNN that a step loads, and local memory for them.
 const CUDA_MODULES_BYTES: u64 = 256 << 20;
 
-/// Measured: resident bytes of a process that has the driver, cuBLASLt and cuDNN loaded.
-const CUDA_HOST_BYTES: u64 = 544 << 20;
+/// Measured: resident bytes of a process that has the driver, cuBLASLt and cuDNN loaded, and 16 MiB for a step's inputs.
+const CUDA_HOST_BYTES: u64 = (544 + 16) << 20;
+/// Measured: attention plans of packed documents, of which there are more the more kinds of documents there are, take about a
+/// megabyte each.
+const CUDA_HOST_SPARE_BYTES: u64 = 512 << 20;
 
 /// Bytes of attention scratch for chunks of `chunk` queries against up to `tokens` keys, on the rank that needs most.
 pub fn attention(model: &ModelConfig, device: DeviceKind, ranks: Ranks, chunk: u64, tokens: u64) -> u64 {
@@ -33,6 +36,8 @@ pub struct Process {
     pub spare: u64,
     /// 0 on the CPU, where the device is the host.
     pub host: u64,
+    /// Host memory that is left free: it is taken when data turn out to need it.
+    pub host_spare: u64,
 }
 
 /// Measured on two cards: what NCCL takes of a device and of a process's memory for two groups of ranks.
@@ -47,9 +52,12 @@ pub fn process(device: DeviceKind, ranks: Ranks) -> Process {
     let alone = ranks.world() == 1;
     let [nccl, spare, nccl_host] = if alone { [0; 3] } else { [NCCL_DEVICE_BYTES, NCCL_SPARE_BYTES, NCCL_HOST_BYTES] };
     match device {
-        DeviceKind::Cpu => Process { device: 4 << 20, spare: 0, host: 0 },
-        DeviceKind::Cuda => {
-            Process { device: (32 << 20) + CUDA_MODULES_BYTES + nccl, spare, host: CUDA_HOST_BYTES + nccl_host }
-        }
+        DeviceKind::Cpu => Process { device: 4 << 20, spare: 0, host: 0, host_spare: 0 },
+        DeviceKind::Cuda => Process {
+            device: (32 << 20) + CUDA_MODULES_BYTES + nccl,
+            spare,
+            host: CUDA_HOST_BYTES + nccl_host,
+            host_spare: CUDA_HOST_SPARE_BYTES,
+        },
     }
 }

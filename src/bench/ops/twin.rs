@@ -192,10 +192,21 @@ impl Twins {
         Ok(tensor)
     }
 
+    /// Elements of the CPU's side.
+    pub(super) fn expected(&mut self, twin: Twin) -> Result<Vec<f32>> {
+        let mut values = vec![0f32; twin.cpu.elements() as usize];
+        self.cpu.download(twin.cpu, bytemuck::cast_slice_mut(&mut values))?;
+        Ok(values)
+    }
+
+    /// Says what the GPU's side should be, where the CPU backend has no such operation.
+    pub(super) fn expect(&mut self, twin: Twin, values: &[f32]) -> Result {
+        self.cpu.upload(twin.cpu, bytemuck::cast_slice(values))
+    }
+
     /// `||gpu - cpu|| / ||cpu||` over the whole tensor; NaN when any element is.
     pub(super) fn error(&mut self, twin: Twin) -> Result<f64> {
-        let mut reference = vec![0f32; twin.cpu.elements() as usize];
-        self.cpu.download(twin.cpu, bytemuck::cast_slice_mut(&mut reference))?;
+        let reference = self.expected(twin)?;
         let found: Vec<f32> = if twin.gpu.dtype == DType::Bf16 {
             let mut values = vec![bf16::ZERO; reference.len()];
             self.gpu.device.download(twin.gpu, bytemuck::cast_slice_mut(&mut values))?;

@@ -80,6 +80,8 @@ pub trait Backend: Sized {
     fn reserve(&mut self, device_bytes: u64, host_bytes: u64) -> Result;
     /// Copies host bytes (little-endian elements) into a tensor. Blocks; for loading, not for the step.
     fn upload(&mut self, to: Tensor, bytes: &[u8]) -> Result;
+    /// Queues the same on the compute stream, for the inputs of a step: the bytes are taken before it returns.
+    fn queue_upload(&mut self, to: Tensor, bytes: &[u8]) -> Result;
     /// Copies a tensor out to host bytes. Blocks.
     fn download(&mut self, from: Tensor, bytes: &mut [u8]) -> Result;
     /// Queues `to = from` (same dtype and element count, either space) on a stream.

@@ -136,7 +136,7 @@ impl Transformer {
         let chunk = self.block.attention.norm.rows * at.n_ranks;
         let rows = pieces::of_rank(at.tokens, chunk, at.n_ranks, self.block.ulysses.rank as u64);
         for (to, all) in [(self.ids, batch.ids), (self.labels, batch.labels), (self.positions, batch.positions)] {
-            b.upload(at.local(to), bytemuck::cast_slice(&pieces::taken(all, &rows)))?;
+            b.queue_upload(at.local(to), bytemuck::cast_slice(&pieces::taken(all, &rows)))?;
         }
         b.rope_table(at.local(self.angles), at.local(self.positions), &self.config.inverse_frequencies())?;
         Ok(at)

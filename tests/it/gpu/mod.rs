@@ -7,6 +7,7 @@ mod attention;
 mod golden;
 mod operations;
 mod parity;
+mod queue;
 mod resume;
 mod twenty_steps;
 

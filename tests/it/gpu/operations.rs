@@ -1,7 +1,10 @@
 //! Every operation on a GPU: the bits of a second run are those of the first, but for the backward of attention; the numbers are
 //! those of the CPU backend.
 
-use longhaul::engine::backend::{DType, cpu::Cpu};
+use longhaul::{
+    bench::ops,
+    engine::backend::{DType, cpu::Cpu},
+};
 use serde_json::json;
 
 use super::{Gpu, figures};
@@ -64,6 +67,28 @@ fn gpu_kernels_of_our_own_repeat_themselves() {
             assert!(a.bytes == b.bytes && a.values().iter().all(|x| x.is_finite()), "{}", a.operation);
         }
     }
+}
+
+/// The copies and sums around the library's attention, which no operation does alone, against plain loops.
+#[test]
+#[ignore = "needs an NVIDIA GPU"]
+fn gpu_copies_of_packed_attention_are_right() {
+    let _gpu = Gpu::open();
+    let args = ops::Args {
+        device: "cuda".to_owned(),
+        libraries: Vec::new(),
+        memory: 1,
+        keys: 0,
+        only: Some("packed".to_owned()),
+        check_only: true,
+        threads: None,
+    };
+    let mut out = Vec::new();
+    ops::run(&args, &mut out).unwrap();
+    let lines = String::from_utf8(out).unwrap();
+    let checks = lines.lines().filter(|line| line.contains("\"check\"")).count();
+    assert!(checks > 12, "{lines}");
+    figures("operations", json!({ "checks_of_packed_copies": checks }));
 }
 
 #[test]

@@ -1,7 +1,7 @@
 //! Any choice the planner may make gives the same losses and gradients as the plainest one: one chunk, one tile, every
 //! layer input in memory, nothing else kept. Bitwise where the order of arithmetic is unchanged.
 
-mod checkpoint_offload;
+pub mod checkpoint_offload;
 mod chunks;
 mod gradients;
 mod optimizer_offload;
@@ -20,7 +20,7 @@ use crate::support::model::{self, Tokens};
 type Run = (f64, Vec<(String, Vec<f64>)>);
 
 /// One chunk, one tile, all inputs kept, nothing else.
-fn plain(tokens: u64, config: &ModelConfig) -> Forced {
+pub fn plain(tokens: u64, config: &ModelConfig) -> Forced {
     Forced {
         chunk_tokens: Some(tokens),
         checkpoint_slots: Some(config.n_layers),

@@ -31,7 +31,7 @@ const FIRST_LOSS: f64 = 1e-4;
 const LATER_LOSS: f64 = 1e-3;
 
 /// Five layers, so that segments of several lengths fit; heads that the attention of GPUs takes.
-fn config() -> ModelConfig {
+pub fn config() -> ModelConfig {
     ModelConfig {
         vocab_size: 256,
         hidden_size: 64,
@@ -135,6 +135,17 @@ fn hold(what: &str, run: &Run, base: &Run, same: Same) -> Value {
     json!({ "plan": what, "gradient_difference": gradient, "loss_difference": loss, "first_loss_same_bits": !moved })
 }
 
+/// Layer inputs, state of parameters, and weights in host memory, all of them or a part.
+pub fn in_host_memory(base: Forced, config: &ModelConfig, tokens: u64) -> Vec<(String, Forced)> {
+    let mut plans: Vec<_> = host_rows(base, config.n_layers, tokens).into_iter().skip(1).step_by(4).collect();
+    plans.extend([1, config.n_params() / 2, config.n_params()].map(|hosted| {
+        let forced = Forced { optimizer_host_elements: Some(hosted), staged_elements: Some(10_000), ..base };
+        (format!("state of {hosted} parameters in host memory"), forced)
+    }));
+    plans.extend(weights_in_host_memory(base, config));
+    plans
+}
+
 /// Every kind of plan against the plainest; a line of figures for each.
 pub fn every_plan_is_the_plainest<S: Stage>(stage: &mut S, mut figures: impl FnMut(Value)) {
     let config = config();
@@ -150,15 +161,7 @@ pub fn every_plan_is_the_plainest<S: Stage>(stage: &mut S, mut figures: impl FnM
     for (what, forced) in slots_and_places(base, config.n_layers) {
         figures(hold(&what, &run(stage, forced), &plainest, Same::Everything));
     }
-    for (what, forced) in host_rows(base, config.n_layers, n).into_iter().skip(1).step_by(4) {
-        figures(hold(&what, &run(stage, forced), &plainest, Same::Everything));
-    }
-    for hosted in [1, config.n_params() / 2, config.n_params()] {
-        let forced = Forced { optimizer_host_elements: Some(hosted), staged_elements: Some(10_000), ..base };
-        let what = format!("state of {hosted} parameters in host memory");
-        figures(hold(&what, &run(stage, forced), &plainest, Same::Everything));
-    }
-    for (what, forced) in weights_in_host_memory(base, &config) {
+    for (what, forced) in in_host_memory(base, &config, n) {
         figures(hold(&what, &run(stage, forced), &plainest, Same::Everything));
     }
     for (what, forced) in kept_sets(base) {

@@ -19,10 +19,12 @@ type Clock = [u64; STREAMS.len()];
 
 /// A backend and what was done on it.
 pub struct Watched<B> {
-    b: B,
+    pub b: B,
     /// What each stream's next operation comes after.
     clocks: [Clock; STREAMS.len()],
     accesses: Vec<Access>,
+    /// Called before the host waits for the device.
+    pub waits: Option<Box<dyn FnMut() + Send>>,
     /// Operations that nothing orders.
     pub races: Vec<String>,
     /// Operations that were held against others.
@@ -50,7 +52,7 @@ fn later(a: &mut Clock, b: &Clock) {
 impl<B: Backend> Watched<B> {
     pub fn new(b: B) -> Self {
         let clocks = [[0; STREAMS.len()]; STREAMS.len()];
-        Self { b, clocks, accesses: Vec::new(), races: Vec::new(), operations: 0 }
+        Self { b, clocks, accesses: Vec::new(), waits: None, races: Vec::new(), operations: 0 }
     }
 
     fn on(&mut self, stream: Stream, what: &'static str, reads: &[Tensor], writes: &[Tensor]) -> &mut B {
@@ -90,6 +92,9 @@ impl<B: Backend> Watched<B> {
 
     /// The host waits for all streams.
     fn join(&mut self) {
+        if let Some(waits) = &mut self.waits {
+            waits();
+        }
         let mut all = Clock::default();
         self.clocks.iter().for_each(|clock| later(&mut all, clock));
         self.clocks = [all; STREAMS.len()];
@@ -103,7 +108,7 @@ fn seen(x: Tensor, window: &Window) -> Tensor {
 }
 
 impl<B: Backend> Backend for Watched<B> {
-    type Event = Clock;
+    type Event = (Clock, B::Event);
 
     fn storage(&self) -> DType {
         self.b.storage()
@@ -120,6 +125,10 @@ impl<B: Backend> Backend for Watched<B> {
     fn upload(&mut self, to: Tensor, bytes: &[u8]) -> Result {
         self.join();
         self.b.upload(to, bytes)
+    }
+
+    fn queue_upload(&mut self, to: Tensor, bytes: &[u8]) -> Result {
+        self.on(Stream::Compute, "queue_upload", &[], &[to]).queue_upload(to, bytes)
     }
 
     fn download(&mut self, from: Tensor, bytes: &mut [u8]) -> Result {
@@ -139,13 +148,13 @@ impl<B: Backend> Backend for Watched<B> {
         self.on(stream, "unspill", &[], &[to]).unspill(stream, file, at, to)
     }
 
-    fn record(&mut self, stream: Stream) -> Result<Clock> {
-        Ok(self.clocks[number(stream)])
+    fn record(&mut self, stream: Stream) -> Result<Self::Event> {
+        Ok((self.clocks[number(stream)], self.b.record(stream)?))
     }
 
-    fn wait(&mut self, stream: Stream, event: &Clock) -> Result {
-        later(&mut self.clocks[number(stream)], event);
-        Ok(())
+    fn wait(&mut self, stream: Stream, (clock, event): &Self::Event) -> Result {
+        later(&mut self.clocks[number(stream)], clock);
+        self.b.wait(stream, event)
     }
 
     fn synchronize(&mut self) -> Result {

@@ -124,6 +124,10 @@ where
         Ok(())
     }
 
+    fn queue_upload(&mut self, to: Tensor, bytes: &[u8]) -> Result {
+        self.upload(to, bytes)
+    }
+
     fn download(&mut self, from: Tensor, bytes: &mut [u8]) -> Result {
         bytes.copy_from_slice(self.bytes(from));
         Ok(())

@@ -3,7 +3,7 @@
 use super::{
     super::{DType, Tensor},
     Cuda,
-    kernels::Argument::{Count, Pointer},
+    kernels::Argument::{self, Count, Pointer},
 };
 use crate::engine::Result;
 
@@ -44,14 +44,14 @@ impl Cuda {
         let bytes = [to_address, from_address, to.cols * size, from.cols * size, columns * size];
         let (kernel, unit) =
             if bytes.iter().all(|b| b.is_multiple_of(VECTOR)) { (wide, VECTOR) } else { (single, small) };
-        let units = |elements: u64| Count((elements * size / unit) as i64);
+        let units = |elements: u64| elements * size / unit;
         let arguments = [
             Pointer(to_address),
             Pointer(from_address),
-            units(to.cols),
-            units(from.cols),
-            units(columns),
-            units(to.rows * columns),
+            Count(units(to.cols) as i64),
+            Count(units(from.cols) as i64),
+            Argument::small(units(columns)),
+            Argument::small(units(to.rows * columns)),
         ];
         let grid = self.flat(to.rows * columns * size / unit, THREADS, UNITS_OF_A_THREAD);
         self.kernels.launch(&self.device, kernel, grid, &arguments)

@@ -4,7 +4,7 @@
     reason = "device memory is addressed by number: the driver's copies and fills take raw addresses"
 )]
 
-use std::sync::Arc;
+use std::{ffi::c_void, sync::Arc};
 
 use cudarc::driver::{
     CudaContext, CudaEvent, CudaStream,
@@ -181,7 +181,7 @@ impl Device {
     ///
     /// # Panics
     /// When it leaves its arena: a bug in the caller's layout.
-    pub(in crate::engine) fn address(&self, tensor: Tensor) -> u64 {
+    pub(crate) fn address(&self, tensor: Tensor) -> u64 {
         let arena = match tensor.space {
             Space::Device => self.memory,
             Space::Host => self.host,
@@ -200,7 +200,7 @@ impl Device {
         let address = self.address(to);
         self.synchronize()?;
         let from = bytes.as_ptr().expose_provenance() as u64;
-        self.queue_copy(&self.compute, address, from, bytes.len() as u64)?;
+        self.queue_copy(Stream::Compute, address, from, bytes.len() as u64)?;
         self.compute.synchronize().map_err(driver("copy to the device"))
     }
 
@@ -213,7 +213,7 @@ impl Device {
         let address = self.address(from);
         self.synchronize()?;
         let to = bytes.as_mut_ptr().expose_provenance() as u64;
-        self.queue_copy(&self.compute, to, address, bytes.len() as u64)?;
+        self.queue_copy(Stream::Compute, to, address, bytes.len() as u64)?;
         self.compute.synchronize().map_err(driver("copy from the device"))
     }
 
@@ -223,17 +223,20 @@ impl Device {
     /// When the two sides differ in bytes.
     pub fn copy(&self, stream: Stream, to: Tensor, from: Tensor) -> Result {
         assert_eq!(to.bytes(), from.bytes(), "bytes of a copy");
-        self.queue_copy(self.stream(stream), self.address(to), self.address(from), to.bytes())
+        self.queue_copy(stream, self.address(to), self.address(from), to.bytes())
     }
 
     /// Both addresses must hold `bytes` bytes until the stream has passed.
-    fn queue_copy(&self, stream: &CudaStream, to: u64, from: u64, bytes: u64) -> Result {
+    pub(super) fn queue_copy(&self, stream: Stream, to: u64, from: u64, bytes: u64) -> Result {
         if bytes == 0 {
             return Ok(());
         }
         self.bind()?;
-        // SAFETY: the callers checked both sides: arenas live as long as the device, host slices are waited for.
-        unsafe { sys::cuMemcpyAsync(to, from, bytes as usize, stream.cu_stream()) }.result().map_err(driver("copy"))
+        // SAFETY: the callers checked both sides: arenas and the slots of inputs live as long as anything is queued, host slices
+        // are waited for.
+        unsafe { sys::cuMemcpyAsync(to, from, bytes as usize, self.raw_stream(stream)) }
+            .result()
+            .map_err(driver("copy"))
     }
 
     /// Queues setting every byte of a tensor: 0 for zeros, 0xff for a NaN in every float.
@@ -253,6 +256,23 @@ impl Device {
     /// Lets a stream wait for a mark.
     pub(super) fn wait(&self, stream: Stream, event: &CudaEvent) -> Result {
         self.stream(stream).wait(event).map_err(driver("wait for an event"))
+    }
+
+    /// Queues a call on the host: the stream goes on when it has returned. It must not use the device, nor panic.
+    pub fn call(&self, stream: Stream, work: impl FnOnce() + Send + 'static) -> Result {
+        unsafe extern "C" fn run<F: FnOnce()>(work: *mut c_void) {
+            // SAFETY: the box that was leaked for this call, which is made once.
+            let work = unsafe { Box::from_raw(work.cast::<F>()) };
+            work();
+        }
+        fn pair<F: FnOnce()>(work: F) -> (unsafe extern "C" fn(*mut c_void), *mut c_void) {
+            (run::<F>, Box::into_raw(Box::new(work)).cast())
+        }
+        let (run, work) = pair(work);
+        self.bind()?;
+        // SAFETY: `run` takes the box that `work` is; what it holds may be sent to the driver's thread.
+        unsafe { result::stream::launch_host_function(self.raw_stream(stream), run, work) }
+            .map_err(driver("queue a call"))
     }
 
     /// Waits until everything queued on every stream is done, and reports any error of the past.

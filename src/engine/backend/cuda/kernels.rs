@@ -4,7 +4,10 @@
 use std::collections::HashMap;
 
 use cudarc::{
-    driver::{CudaFunction, LaunchConfig, PushKernelArg, sys::CUfunction_attribute_enum},
+    driver::{
+        CudaFunction, LaunchConfig, PushKernelArg,
+        sys::{CUdevice_attribute, CUfunction_attribute_enum},
+    },
     nvrtc::Ptx,
 };
 
@@ -81,6 +84,7 @@ pub(super) enum Argument<'a> {
     /// Address of a tensor that holds what the kernel's header says.
     Pointer(u64),
     Count(i64),
+    Small(u32),
     Flag(i32),
     Float(f32),
     Double(f64),
@@ -92,13 +96,23 @@ pub(super) enum Argument<'a> {
 
 /// Of each entry of a staged tensor: the row of the other tensor where its row 0 would lie, and from which of its rows on,
 /// and before which, there are rows.
-pub(super) type StagedRows = [[i32; 3]; MOST_STAGED];
+pub(crate) type StagedRows = [[i32; 3]; MOST_STAGED];
 
 /// Most entries of a staged tensor.
-pub(super) const MOST_STAGED: usize = 64;
+pub(crate) const MOST_STAGED: usize = 64;
 
 /// Most frequencies that rope_table takes.
 pub(super) const MOST_FREQUENCIES: usize = 128;
+
+impl Argument<'_> {
+    /// A count that the kernel takes in 32 bits.
+    ///
+    /// # Panics
+    /// When it is more: operations are on chunks, which hold fewer elements.
+    pub(super) fn small(count: u64) -> Self {
+        Self::Small(u32::try_from(count).unwrap_or_else(|_| panic!("{count} is more than one launch takes")))
+    }
+}
 
 /// The shape of a launch: blocks, threads of a block (a multiple of 32), bytes of dynamic shared memory.
 #[derive(Debug, Clone, Copy)]
@@ -108,13 +122,28 @@ pub(super) struct Grid {
     pub(super) shared_bytes: u32,
 }
 
-/// Most bytes of dynamic shared memory that a block can ask for on every supported GPU.
+/// Bytes of dynamic shared memory that a block can ask for on every supported GPU.
 pub(super) const MOST_SHARED_BYTES: u32 = 96 << 10;
+
+/// The kernels that ask for more than the usual 48 KiB.
+const LARGE: [&str; 4] = ["rmsnorm_backward_8", "rmsnorm_backward_1", "cross_entropy_8", "cross_entropy_1"];
 
 /// Loaded functions.
 #[derive(Debug)]
 pub(super) struct Kernels {
     functions: HashMap<&'static str, CudaFunction>,
+    shared_bytes: HashMap<&'static str, u64>,
+}
+
+/// Lets a kernel have all the shared memory that the GPU has for a block; what is left for the dynamic part.
+fn enlarge(device: &Device, name: &str, function: &CudaFunction) -> Result<u64> {
+    let most = CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+    let most = device.context.attribute(most).map_err(driver("ask for shared memory"))?;
+    let of_the_code = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES;
+    let left = most - function.get_attribute(of_the_code).map_err(driver(name))?;
+    let dynamic = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+    function.set_attribute(dynamic, left).map_err(driver(name))?;
+    Ok(left as u64)
 }
 
 impl Kernels {
@@ -132,11 +161,16 @@ impl Kernels {
                 functions.insert(*name, function);
             }
         }
-        let large = CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-        for name in ["rmsnorm_backward_8", "rmsnorm_backward_1", "cross_entropy_8", "cross_entropy_1"] {
-            functions[name].set_attribute(large, MOST_SHARED_BYTES as i32).map_err(driver(name))?;
+        let mut shared_bytes = HashMap::new();
+        for name in LARGE {
+            shared_bytes.insert(name, enlarge(device, name, &functions[name])?);
         }
-        Ok(Self { functions })
+        Ok(Self { functions, shared_bytes })
+    }
+
+    /// Most bytes of dynamic shared memory that this GPU gives a block of one of [`LARGE`].
+    pub(super) fn shared_bytes(&self, name: &str) -> u64 {
+        self.shared_bytes[name]
     }
 
     /// Queues a kernel on the device's stream. A launch of no blocks is none.
@@ -151,6 +185,7 @@ impl Kernels {
             match argument {
                 Argument::Pointer(address) => launch.arg(address),
                 Argument::Count(count) => launch.arg(count),
+                Argument::Small(count) => launch.arg(count),
                 Argument::Flag(flag) => launch.arg(flag),
                 Argument::Float(value) => launch.arg(value),
                 Argument::Double(value) => launch.arg(value),

@@ -11,6 +11,7 @@ mod device;
 mod elementwise;
 mod embedding;
 mod gemm;
+mod inputs;
 pub mod kernels;
 pub(in crate::engine) mod libraries;
 mod linear;
@@ -28,7 +29,8 @@ use std::{
 
 use cudarc::driver::CudaEvent;
 
-use self::{cudnn::Attention, gemm::Gemm, kernels::Kernels, profile::Profile};
+pub(crate) use self::{attention::Staged, kernels::MOST_STAGED};
+use self::{cudnn::Attention, gemm::Gemm, inputs::Inputs, kernels::Kernels, profile::Profile};
 pub use self::{
     device::Device,
     profile::{Part, Profiled, Span},
@@ -48,6 +50,7 @@ pub struct Cuda {
     kernels: Kernels,
     attention: Attention,
     gemm: Gemm,
+    inputs: Inputs,
     /// Address of the [`SCRATCH_BYTES`] after the arena's tensors.
     scratch: u64,
     /// The scratch by its place in the arena.
@@ -73,7 +76,8 @@ impl Cuda {
         let device = Device::open(ordinal)?;
         let kernels = Kernels::load(&device)?;
         let (attention, gemm) = (Attention::new(&device)?, Gemm::new()?);
-        Ok(Self { device, kernels, attention, gemm, scratch: 0, scratch_offset: 0, profile: Profile::default() })
+        let (inputs, profile) = (Inputs::default(), Profile::default());
+        Ok(Self { device, kernels, attention, gemm, inputs, scratch: 0, scratch_offset: 0, profile })
     }
 
     /// Version of cuDNN as it says itself: 91900 is 9.19.0.
@@ -117,11 +121,15 @@ impl Backend for Cuda {
         self.scratch_offset = device_bytes.next_multiple_of(super::ALIGNMENT);
         self.device.reserve(self.scratch_offset + SCRATCH_BYTES, host_bytes)?;
         self.scratch = self.device.address(self.scratch(1, SCRATCH_BYTES / 4));
-        Ok(())
+        self.inputs.pin()
     }
 
     fn upload(&mut self, to: Tensor, bytes: &[u8]) -> Result {
         self.device.upload(to, bytes)
+    }
+
+    fn queue_upload(&mut self, to: Tensor, bytes: &[u8]) -> Result {
+        self.inputs.send(&self.device, to, bytes)
     }
 
     fn download(&mut self, from: Tensor, bytes: &mut [u8]) -> Result {

@@ -103,16 +103,13 @@ impl Cuda {
         let [sums, logits, labels] = [sums, logits, labels].map(|tensor| Pointer(self.device.address(tensor)));
         let kernel = wide_or_single(vocab, "cross_entropy_8", "cross_entropy_1");
         let (with_gradient, scale) = (Flag(gradient.is_some().into()), Float(gradient.unwrap_or(0.0) as f32));
-        // With a gradient a row is read twice, and its beginning stays in shared memory.
         let vector = LOGITS_VECTORS[usize::from(!vocab.is_multiple_of(8))];
-        let of_a_block = vector * u64::from(LOGITS_THREADS);
-        let kept = if gradient.is_some() {
-            (vocab * 2).div_ceil(of_a_block).min(u64::from(MOST_SHARED_BYTES) / of_a_block)
-        } else {
-            0
-        };
-        let grid = Grid { shared_bytes: (kept * of_a_block) as u32, ..rows(t, LOGITS_THREADS) };
-        let arguments = [losses, logits, labels, Count(vocab as i64), with_gradient, scale, Flag(kept as i32)];
+        let slot = 2 * vector * u64::from(LOGITS_THREADS);
+        let slots = (vocab * 2).div_ceil(slot).min(self.kernels.shared_bytes(kernel) / slot);
+        let blocks = t.min(self.device.multiprocessors());
+        let grid = Grid { shared_bytes: (slots * slot) as u32, ..rows(blocks, LOGITS_THREADS) };
+        let counts = [t, vocab].map(|count| Count(count as i64));
+        let arguments = [losses, logits, labels, counts[0], counts[1], with_gradient, scale, Flag(slots as i32)];
         self.kernels.launch(&self.device, kernel, grid, &arguments)?;
         let arguments = [sums, losses, Count(t as i64)];
         self.kernels.launch(&self.device, "cross_entropy_sums", rows(1, LOGITS_THREADS), &arguments)

@@ -50,6 +50,19 @@ impl Pinned {
         Ok(pinned)
     }
 
+    /// Copies bytes to this place; its address.
+    ///
+    /// # Panics
+    /// When they leave the mapping.
+    pub(super) fn write(&mut self, at: usize, bytes: &[u8]) -> u64 {
+        let end = at.checked_add(bytes.len());
+        assert!(end.is_some_and(|end| end <= self.bytes), "{} bytes at {at} of {}", bytes.len(), self.bytes);
+        // SAFETY: inside the mapping, which is this value's alone. A copy engine that still read from here would be a bug of the
+        // caller's, but reads memory that is there.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.start.cast::<u8>().add(at), bytes.len()) };
+        self.address() + at as u64
+    }
+
     /// First address; the driver gives it the same on both sides.
     pub(super) fn address(&self) -> u64 {
         self.start.expose_provenance() as u64

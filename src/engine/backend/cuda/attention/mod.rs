@@ -14,16 +14,18 @@
 mod packed;
 mod pieces;
 mod single;
+mod staged;
 #[cfg(test)]
 mod tests;
 
 use self::pieces::is_one_document;
+pub(crate) use self::staged::Staged;
 use super::{
     super::{AttentionGrads, AttentionSaved, DType, Heads, Tensor, Window},
     Cuda,
     cudnn::{Pass, Shape},
     kernels::{
-        Argument::{Count, Pointer},
+        Argument::{self, Count, Pointer},
         Grid,
     },
 };
@@ -159,12 +161,13 @@ impl Cuda {
     }
 
     /// Adds a call's gradient (bf16 `[rows, columns]`, packed, at `part`) to `to` (f32) from this row and column on.
-    fn add_part(&self, (to, row, column): (Tensor, u64, u64), part: u64, rows: u64, columns: u64) -> Result {
+    pub(crate) fn add_part(&self, (to, row, column): (Tensor, u64, u64), part: u64, rows: u64, columns: u64) -> Result {
         assert_eq!(to.dtype, DType::F32, "gradients are added up wide");
-        let grid = grid(rows * columns / ELEMENTS);
-        let counts = [rows, columns, to.cols].map(|count| Count(count as i64));
-        let arguments = [Pointer(self.element(to, row, column)), Pointer(part), counts[0], counts[1], counts[2]];
-        self.kernels.launch(&self.device, "attention_accumulate", grid, &arguments)
+        let vectors = rows * columns / ELEMENTS;
+        let [to_address, from] = [self.element(to, row, column), part].map(Pointer);
+        let counts = [vectors, columns / ELEMENTS].map(Argument::small);
+        let arguments = [to_address, from, counts[0], counts[1], Count(to.cols as i64)];
+        self.kernels.launch(&self.device, "attention_accumulate", grid(vectors), &arguments)
     }
 }
 

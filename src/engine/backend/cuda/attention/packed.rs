@@ -13,13 +13,11 @@ use super::{
         super::{AttentionSaved, Heads, Tensor, Window},
         Cuda,
         cudnn::{Pass, Shape},
-        kernels::{
-            Argument::{self, Count, Flag, Pointer},
-            MOST_STAGED, StagedRows,
-        },
+        kernels::{MOST_STAGED, StagedRows},
     },
-    ELEMENTS, Operands, Sums, Together, grid,
+    Operands, Sums, Together,
     pieces::{Piece, packed_pieces},
+    staged::Staged,
 };
 use crate::{
     domain::attention_workspace::{PackedRegions, Room, padded},
@@ -116,74 +114,42 @@ pub(super) fn shapes(heads: Heads, window: &Window) -> Vec<(Pass, Shape)> {
     sets(heads, room, window).iter().flat_map(of).collect()
 }
 
-/// Operands of a set: how a call has them, and where they come from.
-struct Stage<'a> {
+/// One call: its shape, and which rows and heads it takes.
+struct Call {
     shape: Shape,
-    heads: Heads,
-    /// kv heads of a piece.
-    kv_heads: u64,
-    /// Of queries, of keys.
-    rows: &'a [StagedRows; 2],
-    /// First query head and first kv head.
-    head: u64,
-    kv_head: u64,
+    queries: Staged,
+    keys: Staged,
+    /// Nothing of its queries' output is there yet.
+    first: bool,
 }
 
-/// Which rows and heads of a tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
-    Queries,
-    Keys,
-}
-
-impl Stage<'_> {
-    /// Rows of an entry, elements of a row, and the first column of the tensor.
-    fn size(&self, kind: Kind) -> (u64, u64, u64) {
-        let d = self.heads.head_dim;
-        match kind {
-            Kind::Queries => (self.shape.queries as u64, self.shape.heads as u64 * d, self.head * d),
-            Kind::Keys => (self.shape.keys as u64, d, self.kv_head * d),
-        }
+/// The calls of a window, in order.
+fn calls(heads: Heads, room: Room, window: &Window) -> Vec<Call> {
+    let mut calls = Vec::new();
+    for set in sets(heads, room, window) {
+        let (together, shape) = set.shape(heads, room);
+        let [of_queries, of_keys] = set.staged_rows(window);
+        let documents = set.pieces.len() as u64;
+        let staged = |head: u64, heads_of_group: u64, rows: i64, at: StagedRows| Staged {
+            documents,
+            groups: together.kv_heads,
+            rows: rows as u64,
+            heads: heads_of_group,
+            head_dim: heads.head_dim,
+            head,
+            at,
+        };
+        calls.extend(together.calls(heads).map(|(head, kv_head)| Call {
+            shape,
+            queries: staged(head, together.heads, shape.queries, of_queries),
+            keys: staged(kv_head, 1, shape.keys, of_keys),
+            first: set.first,
+        }));
     }
-
-    fn rows(&self, kind: Kind) -> &StagedRows {
-        &self.rows[usize::from(kind == Kind::Keys)]
-    }
+    calls
 }
 
 impl Cuda {
-    /// A kernel between a call's operand at `staged` and these rows and heads of a tensor.
-    fn move_staged(&self, kernel: &'static str, stage: &Stage, kind: Kind, staged: u64, tensor: Tensor) -> Result {
-        let (rows, width, column) = stage.size(kind);
-        let n = stage.shape.kv_heads as u64 * rows * width;
-        let mut arguments =
-            vec![Pointer(staged), Pointer(self.element(tensor, 0, column)), Argument::StagedRows(stage.rows(kind))];
-        arguments.extend([n, rows, width, stage.kv_heads, tensor.cols].map(|count| Count(count as i64)));
-        self.kernels.launch(&self.device, kernel, grid(n / ELEMENTS), &arguments)
-    }
-
-    /// Copies a call's q, k and v to the workspace; their addresses.
-    fn stage_inputs(&self, stage: &Stage, [q, k, v]: [Tensor; 3], to: [u64; 3]) -> Result<[u64; 3]> {
-        for (kind, tensor, to) in [(Kind::Queries, q, to[0]), (Kind::Keys, k, to[1]), (Kind::Keys, v, to[2])] {
-            self.move_staged("attention_stage", stage, kind, to, tensor)?;
-        }
-        Ok(to)
-    }
-
-    /// The arguments that both kernels on log-sum-exps begin with, and the number of these.
-    fn statistics<'a>(&self, stage: &'a Stage, staged: u64, lse: Tensor) -> (Vec<Argument<'a>>, u64) {
-        let n = stage.shape.kv_heads as u64 * (stage.shape.heads * stage.shape.queries) as u64;
-        let heads = stage.shape.heads as u64;
-        let mut arguments = vec![
-            Pointer(staged),
-            Pointer(self.element(lse, stage.head, 0)),
-            Argument::StagedRows(stage.rows(Kind::Queries)),
-        ];
-        arguments
-            .extend([n, stage.shape.queries as u64, heads, stage.kv_heads, lse.cols].map(|count| Count(count as i64)));
-        (arguments, n)
-    }
-
     /// Forward of a window into f32 `sums`, laid out as o.
     pub(super) fn packed_forward(
         &mut self,
@@ -194,38 +160,19 @@ impl Cuda {
         window: &Window,
     ) -> Result {
         let Operands { q, k, v, lse, .. } = operands;
-        let (c, keys) = (q.rows, k.rows);
-        let (room, regions) = (Room::of(heads, c, keys), PackedRegions::of(heads, c, keys));
+        let (room, regions) = (Room::of(heads, q.rows, k.rows), PackedRegions::of(heads, q.rows, k.rows));
         let at = |offset: u64| self.device.address(workspace) + offset;
-        let (inputs, o, statistics) =
-            ([regions.q, regions.k, regions.v].map(at), at(regions.o), at(regions.statistics));
-        for set in sets(heads, room, window) {
-            let (together, shape) = set.shape(heads, room);
-            let rows = set.staged_rows(window);
-            for (head, kv_head) in together.calls(heads) {
-                let stage = Stage { shape, heads, kv_heads: together.kv_heads, rows: &rows, head, kv_head };
-                let [q, k, v] = self.stage_inputs(&stage, [q, k, v], inputs)?;
-                self.run(Pass::Forward, shape, &[q, k, v, o, statistics], (workspace, regions.library))?;
-                self.merge(&stage, (sums, o), (lse, statistics), set.first)?;
-            }
+        let [at_q, at_k, at_v, o, statistics] =
+            [regions.q, regions.k, regions.v, regions.o, regions.statistics].map(at);
+        for Call { shape, queries, keys, first } in calls(heads, room, window) {
+            self.stage(&queries, at_q, q)?;
+            self.stage(&keys, at_k, k)?;
+            self.stage(&keys, at_v, v)?;
+            self.run(Pass::Forward, shape, &[at_q, at_k, at_v, o, statistics], (workspace, regions.library))?;
+            self.merge_output(&queries, (sums, o), (lse, statistics), first)?;
+            self.merge_statistics(&queries, (lse, statistics), first)?;
         }
         Ok(())
-    }
-
-    /// Puts a call's output and log-sum-exps together with what is there.
-    fn merge(&self, stage: &Stage, (sums, o): (Tensor, u64), (lse, statistics): (Tensor, u64), first: bool) -> Result {
-        let (rows, width, column) = stage.size(Kind::Queries);
-        let n = stage.shape.kv_heads as u64 * rows * width;
-        let pointers = [o, self.element(sums, 0, column), statistics, self.element(lse, stage.head, 0)];
-        let mut arguments: Vec<_> = pointers.map(Pointer).into();
-        arguments.push(Argument::StagedRows(stage.rows(Kind::Queries)));
-        let counts = [n, rows, width, stage.heads.head_dim, stage.kv_heads, sums.cols, lse.cols];
-        arguments.extend(counts.map(|count| Count(count as i64)));
-        arguments.push(Flag(first.into()));
-        self.kernels.launch(&self.device, "attention_merge", grid(n / ELEMENTS), &arguments)?;
-        let (mut arguments, n) = self.statistics(stage, statistics, lse);
-        arguments.push(Flag(first.into()));
-        self.kernels.launch(&self.device, "attention_merge_statistics", grid(n), &arguments)
     }
 
     /// Backward of a window; adds to `sums`.
@@ -238,27 +185,20 @@ impl Cuda {
         window: &Window,
     ) -> Result {
         let AttentionSaved { d_o, o, lse, q, k, v } = saved;
-        let (c, keys) = (q.rows, k.rows);
-        let (room, r) = (Room::of(heads, c, keys), PackedRegions::of(heads, c, keys));
+        let (room, r) = (Room::of(heads, q.rows, k.rows), PackedRegions::of(heads, q.rows, k.rows));
         let offsets = [r.q, r.k, r.v, r.o, r.statistics, r.d_o, r.dq, r.dk, r.dv, r.delta, r.dq_sums];
         let tensors = offsets.map(|offset| self.device.address(workspace) + offset);
         let [at_q, at_k, at_v, at_o, statistics, at_d_o, dq, dk, dv, ..] = tensors;
-        for set in sets(heads, room, window) {
-            let (together, shape) = set.shape(heads, room);
-            let rows = set.staged_rows(window);
-            for (head, kv_head) in together.calls(heads) {
-                let stage = Stage { shape, heads, kv_heads: together.kv_heads, rows: &rows, head, kv_head };
-                self.stage_inputs(&stage, [q, k, v], [at_q, at_k, at_v])?;
-                self.move_staged("attention_stage", &stage, Kind::Queries, at_o, o)?;
-                self.move_staged("attention_stage", &stage, Kind::Queries, at_d_o, d_o)?;
-                let (arguments, n) = self.statistics(&stage, statistics, lse);
-                self.kernels.launch(&self.device, "attention_stage_statistics", grid(n), &arguments)?;
-                self.run(Pass::Backward, shape, &tensors, (workspace, r.library))?;
-                for (kind, from, to) in
-                    [(Kind::Queries, dq, sums.dq), (Kind::Keys, dk, sums.dk), (Kind::Keys, dv, sums.dv)]
-                {
-                    self.move_staged("attention_add_staged", &stage, kind, from, to)?;
-                }
+        for Call { shape, queries, keys, .. } in calls(heads, room, window) {
+            for (staged, to, from) in
+                [(&queries, at_q, q), (&keys, at_k, k), (&keys, at_v, v), (&queries, at_o, o), (&queries, at_d_o, d_o)]
+            {
+                self.stage(staged, to, from)?;
+            }
+            self.stage_statistics(&queries, statistics, lse)?;
+            self.run(Pass::Backward, shape, &tensors, (workspace, r.library))?;
+            for (staged, from, to) in [(&queries, dq, sums.dq), (&keys, dk, sums.dk), (&keys, dv, sums.dv)] {
+                self.add_staged(staged, from, to)?;
             }
         }
         Ok(())

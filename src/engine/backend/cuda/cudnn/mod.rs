@@ -25,8 +25,8 @@ pub(super) enum Pass {
     Backward,
 }
 
-/// Plans that are kept, at about 1 MB of host memory each.
-const MOST_PLANS: usize = 1024;
+/// Plans that are kept, at about 1 MB of host memory each: what the planner leaves free.
+const MOST_PLANS: usize = 512;
 
 /// The library and the plans made of late.
 #[derive(Debug)]
