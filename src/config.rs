@@ -55,7 +55,7 @@ pub enum Role {
     Model(Model),
     /// Send files to a server and print their ids
     Upload(Remote<upload::Args>),
-    /// Make, list, show and cancel fine-tuning jobs
+    /// Make, list, show, cancel, pause and resume fine-tuning jobs
     Jobs(Remote<jobs::Args>),
     /// Follow a job to its end
     Watch(Remote<watch::Args>),

@@ -14,3 +14,4 @@ pub mod plan; // what a machine will do about a run: chunks, placements, memory 
 pub mod store; // Postgres rows and blobs; the only SQL
 pub mod telemetry; // logs of all processes
 pub mod trainer; // what runs inside the child process
+pub mod webhooks; // tells receivers of the end of jobs

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::{ApiError, error::excerpt};
 use crate::{
-    domain::{CheckpointId, FileId, Invalid, JobId, PlanId},
+    domain::{CheckpointId, FileId, Invalid, JobId, PermissionId, PlanId, UploadId, WebhookId},
     store::{Order, Page},
 };
 
@@ -32,6 +32,18 @@ impl Named for JobId {
 
 impl Named for PlanId {
     const WHAT: &'static str = "plan";
+}
+
+impl Named for UploadId {
+    const WHAT: &'static str = "upload";
+}
+
+impl Named for PermissionId {
+    const WHAT: &'static str = "permission";
+}
+
+impl Named for WebhookId {
+    const WHAT: &'static str = "webhook";
 }
 
 impl Named for CheckpointId {
@@ -118,8 +130,8 @@ impl Pairs {
             },
         };
         let order = match self.find("order") {
-            None | Some("desc") => Order::NewestFirst,
-            Some("asc") => Order::OldestFirst,
+            None | Some("desc" | "descending") => Order::NewestFirst,
+            Some("asc" | "ascending") => Order::OldestFirst,
             Some(other) => {
                 let message = format!("order must be asc or desc, not {}", excerpt(other));
                 return Err(Invalid::new("order", message).into());

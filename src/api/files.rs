@@ -101,12 +101,15 @@ pub async fn create_file(
     State(api): State<Api>,
     form: Result<Multipart, MultipartRejection>,
 ) -> Result<Json<FileObject>, ApiError> {
-    let form = form.map_err(|_| {
-        let message = "the body must be a multipart/form-data form with the fields file and purpose";
-        ApiError::bad_request("invalid_multipart", message).with_param("body")
-    })?;
+    let form = form.map_err(|_| no_form("the fields file and purpose"))?;
     let file = upload::receive(&api.store, &api.settings, form).await?;
     Ok(Json(file.into()))
+}
+
+/// The refusal of a body that is no form; `fields` says what it should hold.
+pub(super) fn no_form(fields: &str) -> ApiError {
+    let message = format!("the body must be a multipart/form-data form with {fields}");
+    ApiError::bad_request("invalid_multipart", message).with_param("body")
 }
 
 /// Lists files, newest first.

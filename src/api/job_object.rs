@@ -188,7 +188,12 @@ pub struct JobObject {
     status: &'static str,
     hyperparameters: Hyperparameters,
     method: Method,
-    /// Empty: the numbers of every step are in the job's events.
+    /// Once a job that did any step has ended: the id of a CSV file of purpose `fine-tune-results`, a line for each step, with the
+    /// columns step, train_loss, train_accuracy, valid_loss, valid_mean_token_accuracy, and beyond OpenAI's learning_rate,
+    /// grad_norm (before clipping), seconds, tokens_per_second, tokens_seen, train_labels, valid_labels. Losses (cross entropy,
+    /// nats) and accuracies are means over labels: every token of a document but its first, padding not counted, so
+    /// train_labels of them in the step's sequences and valid_labels in the whole of the validation files. Cells are empty
+    /// where nothing was measured, as where no evaluation ran; step 0 is the base model, evaluated.
     result_files: Vec<String>,
     seed: i64,
     /// Why the job failed.
@@ -287,7 +292,7 @@ impl From<Job> for JobObject {
             status: job.status.as_str(),
             method: Method { kind: "supervised", supervised: Supervised { hyperparameters: hyperparameters.clone() } },
             hyperparameters,
-            result_files: Vec::new(),
+            result_files: job.result_file.iter().map(ToString::to_string).collect(),
             seed: job.seed,
             error: job.error.as_ref().map(JobError::from),
             fine_tuned_model: job.fine_tuned_model,

@@ -1,4 +1,4 @@
-//! Fine-tuning jobs: create, list, retrieve, cancel.
+//! Fine-tuning jobs: create, list, retrieve, cancel, pause, resume.
 
 use axum::{Json, extract::State, http::HeaderMap};
 use serde_json::{Value, json};
@@ -13,8 +13,13 @@ use super::{
     upload,
 };
 use crate::{
-    domain::{Invalid, JobId, JobRequest, hex, hyperparameters::MAX_SEED, ids::random_suffix, job_request::FileRef},
-    store::jobs::{Attempt, Cancellation, Created, MetadataFilter, NewJob},
+    domain::{
+        Invalid, JobId, JobRequest, JobStatus, hex, hyperparameters::MAX_SEED, ids::random_suffix, job_request::FileRef,
+    },
+    store::{
+        jobs::{Attempt, Created, MetadataFilter, NewJob},
+        steer::Steered,
+    },
 };
 
 /// Most jobs of one page, and how many there are when nobody says.
@@ -98,13 +103,44 @@ pub async fn retrieve_job(State(api): State<Api>, Id(id): Id<JobId>) -> Result<J
 #[utoipa::path(post, path = "/v1/fine_tuning/jobs/{job_id}/cancel", tag = "fine-tuning", params(("job_id" = String, Path)),
     responses((status = 200, body = JobObject), (status = 404, body = ErrorEnvelope), (status = 409, body = ErrorEnvelope)))]
 pub async fn cancel_job(State(api): State<Api>, Id(id): Id<JobId>) -> Result<Json<JobObject>, ApiError> {
-    match api.store.cancel_job(&id).await? {
-        Cancellation::Accepted(job) => Ok(Json((*job).into())),
-        Cancellation::Absent => Err(ApiError::not_found("fine-tuning job", id.as_str())),
-        Cancellation::Ended(status) => {
-            Err(ApiError::conflict("job_ended", format!("job {id} has already {status}; there is nothing to cancel")))
+    steered(&id, "cancel", api.store.cancel_job(&id).await?)
+}
+
+/// Pauses a job: at once while nobody runs it, else after its current step, with a checkpoint to go on from.
+///
+/// Pausing again changes nothing.
+#[utoipa::path(post, path = "/v1/fine_tuning/jobs/{job_id}/pause", tag = "fine-tuning", params(("job_id" = String, Path)),
+    responses((status = 200, body = JobObject), (status = 404, body = ErrorEnvelope), (status = 409, body = ErrorEnvelope)))]
+pub async fn pause_job(State(api): State<Api>, Id(id): Id<JobId>) -> Result<Json<JobObject>, ApiError> {
+    steered(&id, "pause", api.store.pause_job(&id).await?)
+}
+
+/// Lets a paused job go on from its last checkpoint. Resuming a job that is not paused changes nothing.
+#[utoipa::path(post, path = "/v1/fine_tuning/jobs/{job_id}/resume", tag = "fine-tuning", params(("job_id" = String, Path)),
+    responses((status = 200, body = JobObject), (status = 404, body = ErrorEnvelope), (status = 409, body = ErrorEnvelope)))]
+pub async fn resume_job(State(api): State<Api>, Id(id): Id<JobId>) -> Result<Json<JobObject>, ApiError> {
+    steered(&id, "resume", api.store.resume_job(&id).await?)
+}
+
+fn steered(id: &JobId, verb: &str, steered: Steered) -> Result<Json<JobObject>, ApiError> {
+    match steered {
+        Steered::Accepted(job) => Ok(Json((*job).into())),
+        Steered::Absent => Err(ApiError::not_found("fine-tuning job", id.as_str())),
+        Steered::Ended(status) => Err(ApiError::conflict(
+            "job_ended",
+            format!("job {id} has already {}; there is nothing to {verb}", past(status)),
+        )),
+        Steered::Cancelling => {
+            let message =
+                format!("job {id} is being cancelled; there is nothing to {verb}: make a new job to train on");
+            Err(ApiError::conflict("job_cancelling", message))
         }
     }
+}
+
+/// How a sentence says that a job came to its end.
+fn past(status: JobStatus) -> &'static str {
+    if status == JobStatus::Cancelled { "been cancelled" } else { status.as_str() }
 }
 
 /// What tells a first request from one that a client sends again.

@@ -16,7 +16,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use utoipa::OpenApi;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
-use crate::store::{Store, files::ORPHAN_AGE};
+use crate::store::{Error, Store, files::ORPHAN_AGE};
 
 pub mod checkpoints;
 pub mod download;
@@ -31,9 +31,12 @@ pub mod job_object;
 pub mod jobs;
 pub mod layers;
 pub mod models;
+pub mod permissions;
 pub mod plans;
 pub mod tar;
 pub mod upload;
+pub mod uploads;
+pub mod webhooks;
 
 pub use error::{ApiError, ErrorEnvelope};
 
@@ -124,16 +127,26 @@ fn table() -> OpenApiRouter<Api> {
     let small = OpenApiRouter::new()
         .routes(routes!(files::list_files))
         .routes(routes!(files::retrieve_file, files::delete_file))
+        .routes(routes!(uploads::create_upload, uploads::list_uploads))
+        .routes(routes!(uploads::retrieve_upload))
+        .routes(routes!(uploads::list_parts))
+        .routes(routes!(uploads::cancel_upload))
         .routes(routes!(jobs::create_job, jobs::list_jobs))
         .routes(routes!(jobs::retrieve_job))
         .routes(routes!(jobs::cancel_job))
         .routes(routes!(plans::create_plan))
         .routes(routes!(plans::retrieve_plan))
+        .routes(routes!(jobs::pause_job))
+        .routes(routes!(jobs::resume_job))
         .routes(routes!(events::list_events))
         .routes(routes!(checkpoints::list_checkpoints))
         .routes(routes!(checkpoints::list_checkpoint_files))
         .routes(routes!(models::list_models))
-        .routes(routes!(models::retrieve_model))
+        .routes(routes!(models::retrieve_model, models::delete_model))
+        .routes(routes!(permissions::create_permissions, permissions::list_permissions))
+        .routes(routes!(permissions::delete_permission))
+        .routes(routes!(webhooks::create_webhook, webhooks::list_webhooks))
+        .routes(routes!(webhooks::retrieve_webhook, webhooks::delete_webhook))
         .routes(routes!(hub::repository))
         .routes(routes!(hub::repository_revision))
         .routes(routes!(hub::repository_tree))
@@ -146,11 +159,15 @@ fn table() -> OpenApiRouter<Api> {
     let transfers = OpenApiRouter::new()
         .routes(routes!(files::create_file))
         .routes(routes!(files::file_content))
+        .routes(routes!(uploads::add_part))
         .routes(routes!(checkpoints::checkpoint_file))
         .routes(routes!(checkpoints::checkpoint_archive))
         .routes(routes!(hub::repository_file))
         .layer(DefaultBodyLimit::disable());
-    OpenApiRouter::with_openapi(Contract::openapi()).merge(small).merge(transfers)
+    // Reads the whole upload, as long as that takes.
+    let long =
+        OpenApiRouter::new().routes(routes!(uploads::complete_upload)).layer(DefaultBodyLimit::max(MAX_JSON_BODY));
+    OpenApiRouter::with_openapi(Contract::openapi()).merge(small).merge(transfers).merge(long)
 }
 
 /// Head of the contract; paths and shapes come from the table.
@@ -164,9 +181,11 @@ fn table() -> OpenApiRouter<Api> {
     ),
     tags(
         (name = "files", description = "Training and validation documents."),
+        (name = "uploads", description = "Large files in parts, and how to go on with one that broke off."),
         (name = "fine-tuning", description = "Jobs, their events and their checkpoints."),
         (name = "downloads", description = "The weights."),
         (name = "models", description = "What can be tuned, and what was."),
+        (name = "webhooks", description = "Who is told of the end of jobs."),
         (name = "hub", description = "Fine-tuned models by name, for Hugging Face's clients: set HF_ENDPOINT to <this server>/hf."),
         (name = "service", description = "For load balancers.")
     )
@@ -179,7 +198,12 @@ async fn sweep(store: Store, stop: CancellationToken) {
             () = stop.cancelled() => return,
             () = tokio::time::sleep(SWEEP_PAUSE) => {}
         }
-        match store.sweep_files(ORPHAN_AGE).await {
+        let swept = async {
+            let forgotten = store.sweep_messages().await?;
+            tracing::debug!(forgotten, "old webhook messages");
+            Ok::<_, Error>(store.sweep_uploads().await? + store.sweep_files(ORPHAN_AGE).await?)
+        };
+        match swept.await {
             Ok(0) => {}
             Ok(gone) => tracing::info!(gone, "expired files and abandoned uploads deleted"),
             Err(error) => tracing::warn!(%error, "the sweep of files failed; it is tried again"),

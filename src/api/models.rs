@@ -7,7 +7,10 @@ use serde::Serialize;
 use utoipa::ToSchema;
 
 use super::{Api, ApiError, ErrorEnvelope, extract::Segments, hub::HubName};
-use crate::store::checkpoints::Checkpoint;
+use crate::{
+    domain::Invalid,
+    store::{checkpoints::Checkpoint, retention::ModelDeletion},
+};
 
 /// Most fine-tuned models of the list, newest first; OpenAI's shape has no pages here.
 const MAX_FINE_TUNED: u32 = 10_000;
@@ -46,6 +49,16 @@ pub struct ModelList {
     data: Vec<ModelObject>,
 }
 
+/// The word that a model is gone.
+#[derive(Debug, Serialize, ToSchema)]
+pub struct ModelDeleted {
+    id: String,
+    /// Always `model`.
+    object: &'static str,
+    /// Always true.
+    deleted: bool,
+}
+
 /// Lists the base models that a live host has, by name, and then fine-tuned models, newest first.
 #[utoipa::path(get, path = "/v1/models", tag = "models", responses((status = 200, body = ModelList)))]
 pub async fn list_models(State(api): State<Api>) -> Result<Json<ModelList>, ApiError> {
@@ -69,6 +82,34 @@ pub async fn retrieve_model(
     // The database holds no zero byte in text, and so no such name.
     let found = if name.contains('\0') { None } else { api.store.checkpoint_of_model(&name).await? };
     found.map(|checkpoint| Json(checkpoint.into())).ok_or_else(|| ApiError::not_found("model", &name))
+}
+
+/// Deletes a fine-tuned model and its weights.
+///
+/// The name may be that of a job's result or of any other checkpoint; each goes alone. A base model belongs to its host, and
+/// what a job may still go on from stays until the job has ended.
+#[utoipa::path(delete, path = "/v1/models/{model}", tag = "models", params(("model" = String, Path)),
+    responses((status = 200, body = ModelDeleted), (status = 400, body = ErrorEnvelope), (status = 404, body = ErrorEnvelope),
+        (status = 409, body = ErrorEnvelope)))]
+pub async fn delete_model(
+    State(api): State<Api>,
+    Segments(name): Segments<String>,
+) -> Result<Json<ModelDeleted>, ApiError> {
+    if name.contains('\0') {
+        return Err(ApiError::not_found("model", &name));
+    }
+    match api.store.delete_model(&name).await? {
+        ModelDeletion::Deleted => Ok(Json(ModelDeleted { id: name, object: "model", deleted: true })),
+        ModelDeletion::InUse(job) => {
+            let message = format!("job {job} has not ended and may go on from this checkpoint: cancel the job first");
+            Err(ApiError::conflict("model_in_use", message).with_param("model"))
+        }
+        ModelDeletion::Absent if base_models(&api).await?.iter().any(|model| model.id == name) => {
+            let message = "a base model is a folder of its host: take it out of the host's model folder";
+            Err(Invalid::with_code("base_model", "model", message).into())
+        }
+        ModelDeletion::Absent => Err(ApiError::not_found("model", &name)),
+    }
 }
 
 async fn base_models(api: &Api) -> Result<Vec<ModelObject>, ApiError> {

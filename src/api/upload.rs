@@ -25,6 +25,10 @@ use crate::{
 const STALL: Duration = Duration::from_mins(1);
 /// Longest upload. Shorter than the age at which the sweep takes an unfinished blob for abandoned.
 const DEADLINE: Duration = Duration::from_hours(12);
+/// Longest upload of one part. Shorter than the life that a part gives its upload.
+const PART_DEADLINE: Duration = Duration::from_mins(45);
+/// Largest part; what stock clients send, and the form around it is not counted.
+pub const MAX_PART_BYTES: u64 = 64 << 20;
 /// Longest value of a field that is not the file.
 const MAX_FIELD: usize = 1024;
 /// Most fields of a form.
@@ -39,7 +43,7 @@ pub const PURPOSES: [&str; 6] = ["fine-tune", "assistants", "batch", "evals", "u
 /// What a training file's name may end in: the ending decides how it is read.
 const TRAINING_FORMATS: [&str; 3] = [".jsonl", ".txt", ".md"];
 /// Life that a file may be given, seconds: an hour to 30 days, as OpenAI has it.
-const LIFE_SECONDS: std::ops::RangeInclusive<u64> = 3600..=2_592_000;
+pub const LIFE_SECONDS: std::ops::RangeInclusive<u64> = 3600..=2_592_000;
 
 /// Fields seen so far.
 #[derive(Default)]
@@ -48,6 +52,43 @@ struct Form {
     purpose: Option<String>,
     anchor: Option<String>,
     seconds: Option<String>,
+}
+
+/// Reads the form of one part, a field `data`, into a blob; or leaves nothing behind.
+pub async fn receive_part(store: &Store, mut form: Multipart) -> Result<SpooledBlob, ApiError> {
+    let received = match timeout(PART_DEADLINE, read_part(store, &mut form)).await {
+        Ok(received) => received,
+        Err(_) => Err(ApiError::stalled()),
+    };
+    if received.is_err() {
+        drain(&mut form).await;
+    }
+    received
+}
+
+async fn read_part(store: &Store, form: &mut Multipart) -> Result<SpooledBlob, ApiError> {
+    let Some(field) = next_field(form).await? else { return Err(missing("data", "the bytes of the part")) };
+    if field.name() != Some("data") {
+        let name = excerpt(field.name().unwrap_or_default());
+        let message = format!("the form of a part has one field, data, not {name}");
+        return Err(Invalid::with_code("unknown_parameter", name, message).into());
+    }
+    let blob = spool(store, "data", MAX_PART_BYTES, "MAX_PART_BYTES", field).await?;
+    let refused: ApiError = match next_field(form).await {
+        Ok(None) if blob.bytes > 0 => return Ok(blob),
+        Ok(None) => Invalid::new("data", "the part is empty; send its bytes as the form field data").into(),
+        Ok(Some(_)) => {
+            ApiError::bad_request("too_many_fields", "the form of a part has one field, data").with_param("data")
+        }
+        Err(error) => error,
+    };
+    store.discard(blob).await?;
+    Err(refused)
+}
+
+async fn next_field(form: &mut Multipart) -> Result<Option<Field<'_>>, ApiError> {
+    let field = timeout(STALL, form.next_field()).await.map_err(|_| ApiError::stalled())?;
+    field.map_err(|error| unread(&error))
 }
 
 /// Reads the form and makes the file, or leaves nothing behind.
@@ -63,6 +104,15 @@ pub async fn receive(store: &Store, settings: &Settings, mut form: Multipart) ->
             Err(error)
         }
     }
+}
+
+/// Refuses a purpose that is none.
+pub fn check_purpose(purpose: &str) -> Result<(), Invalid> {
+    if PURPOSES.contains(&purpose) {
+        return Ok(());
+    }
+    let message = format!("purpose must be one of {}, not {}", PURPOSES.join(", "), excerpt(purpose));
+    Err(Invalid::new("purpose", message))
 }
 
 /// Refuses a training file by its name, while its content need not be read.
@@ -103,13 +153,7 @@ async fn read_fields(
     seen: &mut Form,
 ) -> Result<(), ApiError> {
     for _ in 0..MAX_FIELDS {
-        let Some(field) = timeout(STALL, form.next_field())
-            .await
-            .map_err(|_| ApiError::stalled())?
-            .map_err(|error| unread(&error))?
-        else {
-            return Ok(());
-        };
+        let Some(field) = next_field(form).await? else { return Ok(()) };
         let name = field.name().unwrap_or_default().to_owned();
         match name.as_str() {
             "file" if seen.file.is_none() => {
@@ -117,14 +161,12 @@ async fn read_fields(
                 if seen.purpose.as_deref() == Some(PURPOSES[0]) {
                     check_format(&filename, "file")?;
                 }
-                seen.file = Some((filename, spool(store, settings, field).await?));
+                seen.file =
+                    Some((filename, spool(store, "file", settings.max_upload_bytes, "max_upload_bytes", field).await?));
             }
             "purpose" if seen.purpose.is_none() => {
                 let purpose = text(field, "purpose").await?;
-                if !PURPOSES.contains(&purpose.as_str()) {
-                    let message = format!("purpose must be one of {}, not {}", PURPOSES.join(", "), excerpt(&purpose));
-                    return Err(Invalid::new("purpose", message).into());
-                }
+                check_purpose(&purpose)?;
                 seen.purpose = Some(purpose);
             }
             "expires_after[anchor]" => seen.anchor = Some(text(field, "expires_after[anchor]").await?),
@@ -173,16 +215,20 @@ fn life(seen: &Form) -> Result<Option<Duration>, ApiError> {
     }
 }
 
-/// Streams the file's bytes into the store.
-async fn spool(store: &Store, settings: &Settings, mut field: Field<'_>) -> Result<SpooledBlob, ApiError> {
+/// Streams a field's bytes into the store, at most `most`, the value of the setting of that name.
+async fn spool(
+    store: &Store,
+    name: &str,
+    most: u64,
+    setting: &str,
+    mut field: Field<'_>,
+) -> Result<SpooledBlob, ApiError> {
     let mut blob = store.begin_blob().await?;
     while let Some(bytes) =
         timeout(STALL, field.chunk()).await.map_err(|_| ApiError::stalled())?.map_err(|error| unread(&error))?
     {
-        if blob.bytes() + bytes.len() as u64 > settings.max_upload_bytes {
-            return Err(
-                ApiError::too_large("the file", settings.max_upload_bytes, "max_upload_bytes").with_param("file")
-            );
+        if blob.bytes() + bytes.len() as u64 > most {
+            return Err(ApiError::too_large(&format!("the {name}"), most, setting).with_param(name));
         }
         blob.write(bytes).await?;
     }
@@ -191,11 +237,15 @@ async fn spool(store: &Store, settings: &Settings, mut field: Field<'_>) -> Resu
 
 /// The name a file was sent under: a label, without the folders that some clients send along.
 fn filename(field: &Field<'_>) -> Result<String, ApiError> {
-    let sent = field.file_name().unwrap_or("upload");
+    label(field.file_name().unwrap_or("upload"), "file")
+}
+
+/// A file's name, cut to its last part and checked.
+pub fn label(sent: &str, param: &str) -> Result<String, ApiError> {
     let name = sent.rsplit(['/', '\\']).next().unwrap_or(sent).trim();
     if name.is_empty() || name.len() > MAX_FILENAME || name.chars().any(char::is_control) {
         let message = format!("the file's name must be 1 to {MAX_FILENAME} bytes without control characters");
-        return Err(Invalid::new("file", message).into());
+        return Err(Invalid::new(param, message).into());
     }
     Ok(name.to_owned())
 }

@@ -20,6 +20,7 @@ use crate::{
         self, Store,
         private::{self, Durability, Postgres, Search},
     },
+    webhooks,
 };
 
 /// Connections of one process for small transactions, and for bytes.
@@ -113,7 +114,7 @@ async fn serve(args: &config::Serve, database_url: String, stop: CancellationTok
         stop.cancel();
         ended.map_err(Error::from)
     };
-    let (api, executor) = tokio::join!(api, executor);
+    let (api, executor, ()) = tokio::join!(api, executor, webhooks::run(store.clone(), stop.clone()));
     store.close().await;
     api?;
     executor

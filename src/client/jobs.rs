@@ -1,4 +1,4 @@
-//! `longhaul jobs`: create, list, show and cancel.
+//! `longhaul jobs`: create, list, show, cancel, pause and resume.
 
 use std::io::Write;
 
@@ -46,13 +46,21 @@ pub enum Command {
         json: bool,
     },
     /// Cancel a job
-    Cancel {
-        /// The job's id
-        job: String,
-        /// Print the job object as it came
-        #[arg(long)]
-        json: bool,
-    },
+    Cancel(Steer),
+    /// Pause a job: it keeps a checkpoint to go on from
+    Pause(Steer),
+    /// Let a paused job go on
+    Resume(Steer),
+}
+
+/// Flags of commands that change a job.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Steer {
+    /// The job's id
+    pub job: String,
+    /// Print the job object as it came
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Runs one of the commands.
@@ -65,10 +73,9 @@ pub fn run(args: &Args, client: &Client, out: &mut dyn Write) -> Result {
             let job = client.get(&path(job)?, http::SHORT, |_| ())?;
             if *json { say(out, &job) } else { show(&job, out) }
         }
-        Command::Cancel { job, json } => {
-            let job = client.post_empty(&format!("{}/cancel", path(job)?))?;
-            if *json { say(out, &job) } else { say(out, format_args!("{} {}", text(&job, "id"), text(&job, "status"))) }
-        }
+        Command::Cancel(args) => steer(args, "cancel", client, out),
+        Command::Pause(args) => steer(args, "pause", client, out),
+        Command::Resume(args) => steer(args, "resume", client, out),
     }
 }
 
@@ -76,6 +83,11 @@ pub fn run(args: &Args, client: &Client, out: &mut dyn Write) -> Result {
 pub(super) fn path(job: &str) -> Result<String> {
     let id: JobId = job.parse().map_err(|()| Failure::Usage(format!("a job's id looks like ftjob-..., not {job}")))?;
     Ok(format!("/v1/fine_tuning/jobs/{id}"))
+}
+
+fn steer(args: &Steer, verb: &str, client: &Client, out: &mut dyn Write) -> Result {
+    let job = client.post_empty(&format!("{}/{verb}", path(&args.job)?))?;
+    if args.json { say(out, &job) } else { say(out, format_args!("{} {}", text(&job, "id"), text(&job, "status"))) }
 }
 
 fn list(limit: u32, json: bool, client: &Client, out: &mut dyn Write) -> Result {

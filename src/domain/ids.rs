@@ -64,8 +64,12 @@ macro_rules! id {
 }
 
 id!(/** An uploaded file. */ FileId, "file-");
+id!(/** An upload in parts. */ UploadId, "upload_");
+id!(/** One part of an upload. */ PartId, "part_");
 id!(/** A fine-tuning job. */ JobId, "ftjob-");
 id!(/** A plan of a job that nobody has made. */ PlanId, "ftplan-");
 id!(/** One event of a job. */ EventId, "ftevent-");
 id!(/** One checkpoint of a job. */ CheckpointId, "ftckpt_");
+id!(/** A project's permission to use a checkpoint. */ PermissionId, "cp_");
+id!(/** A receiver of webhooks. */ WebhookId, "whe_");
 id!(/** One running executor process; new at every start. */ ExecutorId, "exec-");

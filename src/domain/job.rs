@@ -5,7 +5,7 @@ use std::fmt;
 use serde::{Deserialize, Serialize};
 
 /// Where a job is in its life (design: `validating_files -> queued -> running -> succeeded | failed | cancelled`,
-/// with `paused` from and back to `queued` and `running`).
+/// with `paused` from any state before the end, and back to where the job was).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum JobStatus {
@@ -68,7 +68,7 @@ impl JobStatus {
             (ValidatingFiles, Queued | Paused | Failed | Cancelled)
                 | (Queued, Running | Paused | Failed | Cancelled)
                 | (Running, Queued | Paused | Succeeded | Failed | Cancelled)
-                | (Paused, Queued | Cancelled)
+                | (Paused, ValidatingFiles | Queued | Cancelled)
         )
     }
 }

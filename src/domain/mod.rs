@@ -21,7 +21,7 @@ pub mod training;
 
 pub use event::{Event, Level};
 pub use hex::hex;
-pub use ids::{CheckpointId, EventId, ExecutorId, FileId, JobId, PlanId};
+pub use ids::{CheckpointId, EventId, ExecutorId, FileId, JobId, PartId, PermissionId, PlanId, UploadId, WebhookId};
 pub use invalid::Invalid;
 pub use job::JobStatus;
 pub use job_request::JobRequest;

@@ -1,17 +1,16 @@
 //! Contents of uploaded files, in rows of 1 MiB.
 //!
 //! Bytes stream in through a [`BlobWriter`] with bounded memory, one short transaction a row, and become visible only when
-//! `files.rs` makes a file of the finished blob. Ranges stream out a row at a time. An upload that ends early, for
+//! `files.rs` makes a file of the finished blob, or `uploads.rs` a part. Ranges stream out a row at a time. An upload that ends early, for
 //! whatever reason, leaves nothing behind: its rows are deleted by the task that wrote them, or later by the sweep.
 
-use std::{ops::Range, path::Path, time::Duration};
+use std::{ops::Range, time::Duration};
 
 use bytes::{Bytes, BytesMut};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use sha2::{Digest, Sha256};
+use sqlx::PgConnection;
 use tokio::{
-    fs,
-    io::AsyncWriteExt,
     sync::{mpsc, oneshot},
     task::JoinHandle,
     time::Instant,
@@ -114,22 +113,6 @@ impl Store {
             .boxed()
     }
 
-    /// Copies a blob to `target` on local disk, checked against its digest. `target` must not exist.
-    pub(super) async fn copy_blob(&self, blob: &SpooledBlob, target: &Path) -> Result<(), Error> {
-        let mut out = fs::File::create_new(target).await?;
-        let mut sha256 = Sha256::new();
-        let mut stream = self.read_blob(&blob.id, 0..blob.bytes);
-        while let Some(block) = stream.try_next().await? {
-            sha256.update(&block);
-            out.write_all(&block).await?;
-        }
-        out.flush().await?;
-        if hex(&sha256.finalize()) == blob.sha256 {
-            return Ok(());
-        }
-        Err(Error::Corrupt(format!("the rows of {} do not have the digest recorded for them", blob.id)))
-    }
-
     async fn read_chunk(&self, id: &str, seq: u64, part: Range<u64>) -> Result<Bytes, Error> {
         let length = part.end - part.start;
         // substring reads only the pages it needs: the column is stored uncompressed.
@@ -225,6 +208,33 @@ impl BlobWriter {
         joined((&mut self.spool).await)?;
         Err(Error::Corrupt("the upload's rows were deleted while it ran".into()))
     }
+}
+
+/// Seals a finished blob within the transaction that makes something of it, and proves that every byte is there.
+///
+/// Rows are written without waiting for the disk; the commit of this transaction waits for them all. Should the database
+/// have crashed and lost some in between, the count shows it.
+pub(super) async fn seal(connection: &mut PgConnection, blob: &SpooledBlob) -> Result<(), Error> {
+    let found = sqlx::query!(
+        r#"SELECT count(*) AS "chunks!", coalesce(sum(octet_length(data)), 0)::bigint AS "bytes!"
+           FROM blob_chunks WHERE blob_id = $1"#,
+        blob.id
+    )
+    .fetch_one(&mut *connection)
+    .await?;
+    let chunks = blob.bytes.div_ceil(CHUNK as u64);
+    if found.bytes as u64 != blob.bytes || found.chunks as u64 != chunks {
+        return Err(Error::Corrupt(format!("{} lost rows while it was written", blob.id)));
+    }
+    sqlx::query!(
+        "UPDATE blobs SET bytes = $2, sha256 = $3, complete = true WHERE id = $1",
+        blob.id,
+        blob.bytes as i64,
+        blob.sha256
+    )
+    .execute(connection)
+    .await?;
+    Ok(())
 }
 
 fn joined(spool: Result<Result<(), Error>, tokio::task::JoinError>) -> Result<(), Error> {

@@ -1,9 +1,18 @@
-//! Uploaded files: the row of facts over a blob, from finished upload to deletion.
+//! Uploaded files: the row of facts over one blob or several in their order, from finished upload to deletion.
 
 use std::{ops::Range, path::Path, time::Duration};
 
-use super::{Error, Listed, Order, Page, Store, blobs::SpooledBlob, weights::ByteStream};
-use crate::domain::{FileId, JobId};
+use futures_util::{StreamExt, TryStreamExt, stream};
+use sha2::{Digest, Sha256};
+use sqlx::PgConnection;
+use tokio::{fs, io::AsyncWriteExt};
+
+use super::{
+    Error, Listed, Order, Page, Store,
+    blobs::{self, SpooledBlob},
+    weights::ByteStream,
+};
+use crate::domain::{FileId, JobId, hex};
 
 /// A blob that no file holds is an upload that ended early once it is this old. Uploads themselves are cut off sooner.
 pub const ORPHAN_AGE: Duration = Duration::from_hours(24);
@@ -25,7 +34,6 @@ pub struct File {
     pub status_details: Option<String>,
     pub created_at: i64,
     pub expires_at: Option<i64>,
-    blob_id: String,
 }
 
 /// What an upload says of its file beside the bytes.
@@ -56,7 +64,6 @@ struct Row {
     status_details: Option<String>,
     created_at: i64,
     expires_at: Option<i64>,
-    blob_id: String,
 }
 
 /// `SELECT` of [`Row`]s with what follows `FROM files`.
@@ -64,7 +71,7 @@ macro_rules! select_files {
     ($rest:literal $(, $argument:expr)* $(,)?) => {
         sqlx::query_as!(
             Row,
-            r#"SELECT id, filename, purpose, bytes, sha256, status, status_details, blob_id,
+            r#"SELECT id, filename, purpose, bytes, sha256, status, status_details,
                 extract(epoch FROM created_at)::bigint AS "created_at!",
                 extract(epoch FROM expires_at)::bigint AS expires_at FROM files "# + $rest
             $(, $argument)*
@@ -75,46 +82,12 @@ macro_rules! select_files {
 impl Store {
     /// Makes a file of a finished blob, in one transaction that also proves that every byte of the blob is there.
     pub async fn create_file(&self, blob: SpooledBlob, new: &NewFile) -> Result<File, Error> {
-        let id = FileId::random();
         let mut transaction = self.pool.begin().await?;
-        // Rows are written without waiting for the disk; this commit waits for them all. Should the database have crashed
-        // and lost some in between, the count shows it.
-        let found = sqlx::query!(
-            r#"SELECT count(*) AS "chunks!", coalesce(sum(octet_length(data)), 0)::bigint AS "bytes!"
-               FROM blob_chunks WHERE blob_id = $1"#,
-            blob.id
-        )
-        .fetch_one(&mut *transaction)
-        .await?;
-        let chunks = blob.bytes.div_ceil(super::blobs::CHUNK as u64);
-        if found.bytes as u64 != blob.bytes || found.chunks as u64 != chunks {
-            return Err(Error::Corrupt(format!("{} lost rows while it was written", blob.id)));
-        }
-        sqlx::query!(
-            "UPDATE blobs SET bytes = $2, sha256 = $3, complete = true WHERE id = $1",
-            blob.id,
-            blob.bytes as i64,
-            blob.sha256
-        )
-        .execute(&mut *transaction)
-        .await?;
-        // Nothing is left to process: contents are read, and complained about, when a job is validated.
-        sqlx::query!(
-            "INSERT INTO files (id, filename, purpose, bytes, sha256, status, blob_id, expires_at)
-             VALUES ($1, $2, $3, $4, $5, 'processed', $6, now() + make_interval(secs => $7))",
-            id.as_str(),
-            new.filename,
-            new.purpose,
-            blob.bytes as i64,
-            blob.sha256,
-            blob.id,
-            new.expires_after.map(|life| life.as_secs_f64()),
-        )
-        .execute(&mut *transaction)
-        .await?;
-        let row = select_files!("WHERE id = $1", id.as_str()).fetch_one(&mut *transaction).await?;
+        blobs::seal(&mut transaction, &blob).await?;
+        let pieces = [(blob.id, blob.bytes)];
+        let file = insert_file(&mut transaction, &pieces, &blob.sha256, new).await?;
         transaction.commit().await?;
-        row.try_into()
+        Ok(file)
     }
 
     /// One file.
@@ -163,23 +136,63 @@ impl Store {
 
     /// Streams `range` of a file's content, which must lie inside it.
     pub fn read_file(&self, file: &File, range: Range<u64>) -> ByteStream {
-        self.read_blob(&file.blob_id, range)
+        let (store, id) = (self.clone(), file.id.clone());
+        stream::once(async move {
+            let pieces = store.pieces(&id, &range).await?;
+            let streams = pieces.into_iter().map(move |(blob, at, bytes)| {
+                let inner = range.start.max(at) - at..range.end.min(at + bytes) - at;
+                Ok::<_, Error>(store.read_blob(&blob, inner))
+            });
+            Ok::<_, Error>(stream::iter(streams).try_flatten())
+        })
+        .try_flatten()
+        .boxed()
+    }
+
+    /// The blobs that hold `range` of a file: where each begins, and its length.
+    async fn pieces(&self, file: &FileId, range: &Range<u64>) -> Result<Vec<(String, u64, u64)>, Error> {
+        let rows = sqlx::query!(
+            "SELECT blob_id, at, bytes FROM file_blobs WHERE file_id = $1 AND at < $3 AND at + bytes > $2 ORDER BY at",
+            file.as_str(),
+            range.start as i64,
+            range.end as i64,
+        )
+        .fetch_all(&self.pool)
+        .await?;
+        let pieces: Vec<_> = rows.into_iter().map(|row| (row.blob_id, row.at as u64, row.bytes as u64)).collect();
+        let covered: u64 = pieces.iter().map(|(_, at, n)| (at + n).min(range.end) - at.max(&range.start)).sum();
+        if covered == range.end - range.start {
+            return Ok(pieces);
+        }
+        Err(Error::Corrupt(format!("bytes {} to {} of {file} are not all there", range.start, range.end)))
     }
 
     /// Copies a file's content to `target` on local disk, checked against its digest. `target` must not exist.
     pub async fn copy_file(&self, file: &File, target: &Path) -> Result<(), Error> {
-        let blob = SpooledBlob { id: file.blob_id.clone(), bytes: file.bytes, sha256: file.sha256.clone() };
-        self.copy_blob(&blob, target).await
+        let mut out = fs::File::create_new(target).await?;
+        let mut sha256 = Sha256::new();
+        let mut stream = self.read_file(file, 0..file.bytes);
+        while let Some(block) = stream.try_next().await? {
+            sha256.update(&block);
+            out.write_all(&block).await?;
+        }
+        out.flush().await?;
+        if hex(&sha256.finalize()) == file.sha256 {
+            return Ok(());
+        }
+        Err(Error::Corrupt(format!("the rows of {} do not have the digest recorded for them", file.id)))
     }
 
     /// Deletes a file and its bytes, unless a job that has not ended needs it. Creating a job locks its files, so the two
     /// cannot miss each other.
     pub async fn delete_file(&self, id: &FileId) -> Result<Deletion, Error> {
         let mut transaction = self.pool.begin().await?;
-        let blob = sqlx::query_scalar!("SELECT blob_id FROM files WHERE id = $1 FOR UPDATE", id.as_str())
+        let found = sqlx::query_scalar!("SELECT id FROM files WHERE id = $1 FOR UPDATE", id.as_str())
             .fetch_optional(&mut *transaction)
             .await?;
-        let Some(blob) = blob else { return Ok(Deletion::Absent) };
+        if found.is_none() {
+            return Ok(Deletion::Absent);
+        }
         let user = sqlx::query_scalar!(
             "SELECT id FROM jobs WHERE status NOT IN ('succeeded', 'failed', 'cancelled')
                AND ($1 = ANY (training_files) OR $1 = ANY (validation_files)) LIMIT 1",
@@ -190,17 +203,28 @@ impl Store {
         if let Some(job) = user {
             return Ok(Deletion::InUse(super::stored_id(&job)?));
         }
+        let blobs = sqlx::query_scalar!("DELETE FROM file_blobs WHERE file_id = $1 RETURNING blob_id", id.as_str())
+            .fetch_all(&mut *transaction)
+            .await?;
         sqlx::query!("DELETE FROM files WHERE id = $1", id.as_str()).execute(&mut *transaction).await?;
         transaction.commit().await?;
-        // The file is gone from here on. Its rows go in a task of their own, so that a caller who leaves does not stop it.
-        let store = self.clone();
-        tokio::spawn(async move { store.discard_blob(&blob).await })
-            .await
-            .map_err(|error| Error::Io(std::io::Error::other(error)))??;
+        self.discard_blobs(blobs).await?;
         Ok(Deletion::Deleted)
     }
 
-    /// Deletes files past their end, and blobs older than `orphan_age` that no file holds (normally [`ORPHAN_AGE`]).
+    /// Deletes blobs that nothing names any more, in a task of their own, so that a caller who leaves does not stop it.
+    pub(super) async fn discard_blobs(&self, blobs: Vec<String>) -> Result<(), Error> {
+        let store = self.clone();
+        let discard = async move {
+            for blob in blobs {
+                store.discard_blob(&blob).await?;
+            }
+            Ok(())
+        };
+        tokio::spawn(discard).await.map_err(|error| Error::Io(std::io::Error::other(error)))?
+    }
+
+    /// Deletes files past their end, and blobs older than `orphan_age` that nothing holds (normally [`ORPHAN_AGE`]).
     /// Returns how many of either went. Safe to run anywhere at any time.
     pub async fn sweep_files(&self, orphan_age: Duration) -> Result<u64, Error> {
         let mut gone = 0;
@@ -212,7 +236,8 @@ impl Store {
         }
         let orphans = sqlx::query_scalar!(
             "SELECT id FROM blobs b WHERE created_at < now() - make_interval(secs => $1)
-               AND NOT EXISTS (SELECT 1 FROM files f WHERE f.blob_id = b.id) LIMIT $2",
+               AND NOT EXISTS (SELECT 1 FROM file_blobs f WHERE f.blob_id = b.id)
+               AND NOT EXISTS (SELECT 1 FROM upload_parts p WHERE p.blob_id = b.id) LIMIT $2",
             orphan_age.as_secs_f64(),
             SWEEP_BATCH
         )
@@ -224,6 +249,42 @@ impl Store {
         }
         Ok(gone)
     }
+}
+
+/// Makes a file of sealed blobs, in their order. What names them besides must let go of them in the same transaction.
+pub(super) async fn insert_file(
+    connection: &mut PgConnection,
+    pieces: &[(String, u64)],
+    sha256: &str,
+    new: &NewFile,
+) -> Result<File, Error> {
+    let id = FileId::random();
+    let lengths: Vec<i64> = pieces.iter().map(|(_, bytes)| *bytes as i64).collect();
+    let blobs: Vec<String> = pieces.iter().map(|(blob, _)| blob.clone()).collect();
+    // Nothing is left to process: contents are read, and complained about, when a job is validated.
+    sqlx::query!(
+        "INSERT INTO files (id, filename, purpose, bytes, sha256, status, expires_at)
+         VALUES ($1, $2, $3, $4, $5, 'processed', now() + make_interval(secs => $6))",
+        id.as_str(),
+        new.filename,
+        new.purpose,
+        lengths.iter().sum::<i64>(),
+        sha256,
+        new.expires_after.map(|life| life.as_secs_f64()),
+    )
+    .execute(&mut *connection)
+    .await?;
+    sqlx::query!(
+        "INSERT INTO file_blobs (file_id, at, bytes, blob_id)
+         SELECT $1, (sum(bytes) OVER (ORDER BY n) - bytes)::bigint, bytes, blob
+         FROM unnest($2::bigint[], $3::text[]) WITH ORDINALITY AS piece (bytes, blob, n)",
+        id.as_str(),
+        &lengths,
+        &blobs,
+    )
+    .execute(&mut *connection)
+    .await?;
+    select_files!("WHERE id = $1", id.as_str()).fetch_one(connection).await?.try_into()
 }
 
 impl TryFrom<Row> for File {
@@ -240,7 +301,6 @@ impl TryFrom<Row> for File {
             status_details: row.status_details,
             created_at: row.created_at,
             expires_at: row.expires_at,
-            blob_id: row.blob_id,
         })
     }
 }

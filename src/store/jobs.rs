@@ -1,4 +1,4 @@
-//! Job rows as the API sees them: made once however often a client retries, read, listed, cancelled.
+//! Job rows as the API sees them: made once however often a client retries, read, listed.
 //!
 //! Who holds a job and what a holder may write is `queue.rs`. The state machine itself is in the database.
 
@@ -8,7 +8,7 @@ use serde_json::Value;
 use sqlx::{PgConnection, types::Json};
 
 use super::{Error, Listed, Page, Store};
-use crate::domain::{Event, EventId, FileId, JobId, JobStatus, Level, TrainingSpec};
+use crate::domain::{Event, EventId, FileId, JobId, JobStatus, TrainingSpec};
 
 /// A create that a client sends again is taken for a replay while the first one is this young: two time-outs of 10
 /// minutes, as stock clients have them, less what nobody waits for.
@@ -33,6 +33,8 @@ pub struct Job {
     /// `cancel` or `pause`, while the holder has not acted on it.
     pub wanted: Option<String>,
     pub fine_tuned_model: Option<String>,
+    /// Its numbers as a file, once it has ended.
+    pub result_file: Option<FileId>,
     pub trained_tokens: Option<i64>,
     /// `{code, message, param}`
     pub error: Option<Value>,
@@ -82,16 +84,6 @@ pub enum Created {
     KeyReused,
 }
 
-/// What became of a wish to cancel.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Cancellation {
-    /// The job is cancelled, or its holder has been asked to stop it.
-    Accepted(Box<Job>),
-    /// It had ended already, otherwise.
-    Ended(JobStatus),
-    Absent,
-}
-
 /// Which jobs by their metadata.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub enum MetadataFilter {
@@ -116,6 +108,7 @@ struct Row {
     metadata: Option<Value>,
     wanted: Option<String>,
     fine_tuned_model: Option<String>,
+    result_file: Option<String>,
     trained_tokens: Option<i64>,
     error: Option<Value>,
     progress: Option<Value>,
@@ -132,7 +125,7 @@ macro_rules! select_jobs {
             Row,
             r#"SELECT id, status::text AS "status!", model, training_files, validation_files, request,
                 training AS "training: Json<TrainingSpec>", suffix, seed, metadata, wanted, fine_tuned_model,
-                trained_tokens, error, progress,
+                result_file, trained_tokens, error, progress,
                 extract(epoch FROM created_at)::bigint AS "created_at!",
                 extract(epoch FROM started_at)::bigint AS started_at,
                 extract(epoch FROM finished_at)::bigint AS finished_at,
@@ -160,9 +153,9 @@ impl Store {
         for note in &new.notes {
             append_note(&mut transaction, &id, note).await?;
         }
-        let row = select_jobs!("WHERE id = $1", id.as_str()).fetch_one(&mut *transaction).await?;
+        let job = read(&mut transaction, &id).await?;
         transaction.commit().await?;
-        Ok(Created::Job(Box::new(row.try_into()?)))
+        Ok(Created::Job(Box::new(job)))
     }
 
     /// One job.
@@ -200,44 +193,6 @@ impl Store {
         .await?;
         let jobs = rows.into_iter().map(Job::try_from).collect::<Result<Vec<_>, _>>()?;
         Ok(Some(page.listed(jobs)))
-    }
-
-    /// Cancels a job that nobody holds at once; asks the holder of one that is held. Cancelling again changes nothing.
-    pub async fn cancel_job(&self, id: &JobId) -> Result<Cancellation, Error> {
-        let mut transaction = self.pool.begin().await?;
-        let found = sqlx::query!(
-            r#"SELECT status::text AS "status!", wanted, lease_owner IS NOT NULL AS "held!"
-               FROM jobs WHERE id = $1 FOR UPDATE"#,
-            id.as_str()
-        )
-        .fetch_optional(&mut *transaction)
-        .await?;
-        let Some(found) = found else { return Ok(Cancellation::Absent) };
-        let status = stored_status(&found.status)?;
-        match status {
-            JobStatus::Cancelled => {}
-            JobStatus::Succeeded | JobStatus::Failed => return Ok(Cancellation::Ended(status)),
-            _ if !found.held => {
-                sqlx::query!(
-                    "UPDATE jobs SET status = 'cancelled', finished_at = now(), wanted = NULL, estimated_finish = NULL
-                     WHERE id = $1",
-                    id.as_str()
-                )
-                .execute(&mut *transaction)
-                .await?;
-            }
-            _ if found.wanted.as_deref() == Some("cancel") => {}
-            _ => {
-                sqlx::query!("UPDATE jobs SET wanted = 'cancel' WHERE id = $1", id.as_str())
-                    .execute(&mut *transaction)
-                    .await?;
-                let note = Event::message(Level::Info, "Cancellation requested; the job stops after its current step");
-                append_note(&mut transaction, id, &note).await?;
-            }
-        }
-        let row = select_jobs!("WHERE id = $1", id.as_str()).fetch_one(&mut *transaction).await?;
-        transaction.commit().await?;
-        Ok(Cancellation::Accepted(Box::new(row.try_into()?)))
     }
 }
 
@@ -317,8 +272,13 @@ async fn insert(connection: &mut PgConnection, id: &JobId, new: &NewJob) -> Resu
     Ok(())
 }
 
+/// One job, as this transaction sees it.
+pub(super) async fn read(connection: &mut PgConnection, id: &JobId) -> Result<Job, Error> {
+    select_jobs!("WHERE id = $1", id.as_str()).fetch_one(connection).await?.try_into()
+}
+
 /// Appends an event to a job whose row this transaction has locked.
-async fn append_note(connection: &mut PgConnection, id: &JobId, event: &Event) -> Result<(), Error> {
+pub(super) async fn append_note(connection: &mut PgConnection, id: &JobId, event: &Event) -> Result<(), Error> {
     let event_id = EventId::random();
     sqlx::query!(
         "WITH held AS (
@@ -337,7 +297,7 @@ async fn append_note(connection: &mut PgConnection, id: &JobId, event: &Event) -
     Ok(())
 }
 
-fn stored_status(word: &str) -> Result<JobStatus, Error> {
+pub(super) fn stored_status(word: &str) -> Result<JobStatus, Error> {
     JobStatus::parse(word).ok_or_else(|| Error::Corrupt(format!("{word} is not a status")))
 }
 
@@ -359,6 +319,7 @@ impl TryFrom<Row> for Job {
             metadata: row.metadata,
             wanted: row.wanted,
             fine_tuned_model: row.fine_tuned_model,
+            result_file: row.result_file.as_deref().map(super::stored_id).transpose()?,
             trained_tokens: row.trained_tokens,
             error: row.error,
             progress: row.progress,

@@ -19,10 +19,15 @@ pub mod files;
 pub mod hosts;
 pub mod jobs;
 mod page;
+pub mod permissions;
 pub mod plans;
 pub mod private;
 pub mod queue;
+pub mod results;
 pub mod retention;
+pub mod steer;
+pub mod uploads;
+pub mod webhooks;
 pub mod weights;
 
 pub use page::{Listed, Order, Page};

@@ -8,9 +8,9 @@
 use std::time::Duration;
 
 use serde_json::{Value, json};
-use sqlx::{postgres::PgListener, types::Json};
+use sqlx::{PgConnection, postgres::PgListener, types::Json};
 
-use super::{Error, Store};
+use super::{Error, Store, results};
 use crate::domain::{ExecutorId, FileId, Invalid, JobId, TrainingSpec};
 
 /// A job whose model no live host has is left alone this long, since its host may be restarting. Then anybody fails it.
@@ -217,20 +217,28 @@ impl Store {
 
     /// Ends the holder's hold. False when the lease was no longer its own; then nothing changed.
     pub async fn settle_job(&self, job: &JobId, epoch: i64, settlement: &Settlement) -> Result<bool, Error> {
-        match settlement {
-            Settlement::Validated { sequence_length } => self.settle_validated(job, epoch, *sequence_length).await,
-            Settlement::Succeeded { trained_tokens } => self.settle_succeeded(job, epoch, *trained_tokens).await,
-            Settlement::Failed { error } => self.settle_failed(job, epoch, &customer_error(error)).await,
-            Settlement::Retry { most_attempts, error } => self.settle_retry(job, epoch, *most_attempts, error).await,
-            Settlement::Released => self.settle_released(job, epoch).await,
+        let mut transaction = self.pool.begin().await?;
+        let row = &mut *transaction;
+        let settled = match settlement {
+            Settlement::Validated { sequence_length } => settle_validated(row, job, epoch, *sequence_length).await,
+            Settlement::Succeeded { trained_tokens } => settle_succeeded(row, job, epoch, *trained_tokens).await,
+            Settlement::Failed { error } => settle_failed(row, job, epoch, &customer_error(error)).await,
+            Settlement::Retry { most_attempts, error } => settle_retry(row, job, epoch, *most_attempts, error).await,
+            Settlement::Released => settle_released(row, job, epoch).await,
+        }?;
+        if settled {
+            results::write(&mut transaction, job).await?;
         }
+        transaction.commit().await?;
+        Ok(settled)
     }
 
     /// Takes expired leases from their holders: the jobs wait again, or end as their holder was asked to end them, or fail
     /// after so many attempts without a new checkpoint. Any number of callers may do this at once.
     pub async fn reap_leases(&self, most_attempts: i32) -> Result<u64, Error> {
         let message = "the job was interrupted this many times without reaching a new checkpoint: ";
-        let done = sqlx::query!(
+        let mut transaction = self.pool.begin().await?;
+        let reaped = sqlx::query_scalar!(
             "WITH expired AS (
                 SELECT id, CASE
                     WHEN wanted = 'cancel' THEN 'cancelled'
@@ -244,14 +252,18 @@ impl Store {
                 finished_at = CASE WHEN next IN ('cancelled', 'failed') THEN now() END,
                 error = CASE WHEN next = 'failed' THEN jsonb_build_object(
                     'code', 'server_error', 'message', $3::text || attempts, 'param', NULL) END
-             FROM expired WHERE jobs.id = expired.id",
+             FROM expired WHERE jobs.id = expired.id RETURNING jobs.id",
             most_attempts,
             REAP_BATCH,
             message,
         )
-        .execute(&self.pool)
+        .fetch_all(&mut *transaction)
         .await?;
-        Ok(done.rows_affected())
+        for job in &reaped {
+            results::write(&mut transaction, &super::stored_id(job)?).await?;
+        }
+        transaction.commit().await?;
+        Ok(reaped.len() as u64)
     }
 
     /// Listens for hints on a connection of its own.
@@ -259,87 +271,6 @@ impl Store {
         let mut listener = PgListener::connect_with(&self.pool).await?;
         listener.listen(CHANNEL).await?;
         Ok(Hints(listener))
-    }
-
-    async fn settle_validated(&self, job: &JobId, epoch: i64, tokens: Option<u64>) -> Result<bool, Error> {
-        let done = sqlx::query!(
-            "UPDATE jobs SET lease_owner = NULL, lease_until = NULL, wanted = NULL, attempts = 0, sequence_length = $3,
-                status = CASE wanted WHEN 'cancel' THEN 'cancelled' WHEN 'pause' THEN 'paused' ELSE 'queued' END::job_status,
-                finished_at = CASE wanted WHEN 'cancel' THEN now() END
-             WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL AND status = 'validating_files'",
-            job.as_str(),
-            epoch,
-            tokens.map(|tokens| tokens as i64),
-        );
-        Ok(done.execute(&self.pool).await?.rows_affected() == 1)
-    }
-
-    async fn settle_succeeded(&self, job: &JobId, epoch: i64, tokens: Option<u64>) -> Result<bool, Error> {
-        let done = sqlx::query!(
-            "UPDATE jobs SET lease_owner = NULL, lease_until = NULL, wanted = NULL, estimated_finish = NULL,
-                status = 'succeeded', finished_at = now(), trained_tokens = coalesce($3, trained_tokens),
-                fine_tuned_model = result.model_name
-             FROM (SELECT model_name FROM checkpoints WHERE job_id = $1 AND last) AS result
-             WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL AND status = 'running'",
-            job.as_str(),
-            epoch,
-            tokens.map(|tokens| tokens as i64),
-        );
-        Ok(done.execute(&self.pool).await?.rows_affected() == 1)
-    }
-
-    async fn settle_failed(&self, job: &JobId, epoch: i64, error: &Value) -> Result<bool, Error> {
-        let done = sqlx::query!(
-            "UPDATE jobs SET lease_owner = NULL, lease_until = NULL, wanted = NULL, estimated_finish = NULL,
-                status = 'failed', finished_at = now(), error = $3
-             WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL",
-            job.as_str(),
-            epoch,
-            error,
-        );
-        Ok(done.execute(&self.pool).await?.rows_affected() == 1)
-    }
-
-    async fn settle_retry(&self, job: &JobId, epoch: i64, most: i32, error: &Invalid) -> Result<bool, Error> {
-        let done = sqlx::query!(
-            "WITH held AS (
-                SELECT id, CASE
-                    WHEN wanted = 'cancel' THEN 'cancelled'
-                    WHEN wanted = 'pause' THEN 'paused'
-                    WHEN attempts >= $3 THEN 'failed'
-                    WHEN status = 'running' THEN 'queued'
-                    ELSE status END::job_status AS next
-                FROM jobs WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL FOR UPDATE)
-             UPDATE jobs SET status = next, lease_owner = NULL, lease_until = NULL, wanted = NULL, estimated_finish = NULL,
-                run_after = now() + make_interval(secs => least($5::float8, $6::float8 * 2 ^ least(attempts - 1, 30))),
-                finished_at = CASE WHEN next IN ('cancelled', 'failed') THEN now() END,
-                error = CASE WHEN next = 'failed' THEN $4::jsonb END
-             FROM held WHERE jobs.id = held.id",
-            job.as_str(),
-            epoch,
-            most,
-            customer_error(error),
-            LONGEST_BACK_OFF.as_secs_f64(),
-            FIRST_BACK_OFF.as_secs_f64(),
-        );
-        Ok(done.execute(&self.pool).await?.rows_affected() == 1)
-    }
-
-    async fn settle_released(&self, job: &JobId, epoch: i64) -> Result<bool, Error> {
-        let done = sqlx::query!(
-            "UPDATE jobs SET lease_owner = NULL, lease_until = NULL, wanted = NULL, estimated_finish = NULL,
-                attempts = greatest(attempts - 1, 0),
-                status = CASE
-                    WHEN wanted = 'cancel' THEN 'cancelled'
-                    WHEN wanted = 'pause' THEN 'paused'
-                    WHEN status = 'running' THEN 'queued'
-                    ELSE status END::job_status,
-                finished_at = CASE wanted WHEN 'cancel' THEN now() END
-             WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL",
-            job.as_str(),
-            epoch,
-        );
-        Ok(done.execute(&self.pool).await?.rows_affected() == 1)
     }
 }
 
@@ -367,6 +298,93 @@ impl Row {
             sequence_length: self.sequence_length.map(|tokens| tokens as u64),
         })
     }
+}
+
+async fn settle_validated(row: &mut PgConnection, job: &JobId, epoch: i64, tokens: Option<u64>) -> Result<bool, Error> {
+    let done = sqlx::query!(
+        "UPDATE jobs SET lease_owner = NULL, lease_until = NULL, wanted = NULL, attempts = 0, sequence_length = $3,
+            status = CASE wanted WHEN 'cancel' THEN 'cancelled' WHEN 'pause' THEN 'paused' ELSE 'queued' END::job_status,
+            finished_at = CASE wanted WHEN 'cancel' THEN now() END
+         WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL AND status = 'validating_files'",
+        job.as_str(),
+        epoch,
+        tokens.map(|tokens| tokens as i64),
+    );
+    Ok(done.execute(row).await?.rows_affected() == 1)
+}
+
+async fn settle_succeeded(row: &mut PgConnection, job: &JobId, epoch: i64, tokens: Option<u64>) -> Result<bool, Error> {
+    let done = sqlx::query!(
+        "UPDATE jobs SET lease_owner = NULL, lease_until = NULL, wanted = NULL, estimated_finish = NULL,
+            status = 'succeeded', finished_at = now(), trained_tokens = coalesce($3, trained_tokens),
+            fine_tuned_model = result.model_name
+         FROM (SELECT model_name FROM checkpoints WHERE job_id = $1 AND last) AS result
+         WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL AND status = 'running'",
+        job.as_str(),
+        epoch,
+        tokens.map(|tokens| tokens as i64),
+    );
+    Ok(done.execute(row).await?.rows_affected() == 1)
+}
+
+async fn settle_failed(row: &mut PgConnection, job: &JobId, epoch: i64, error: &Value) -> Result<bool, Error> {
+    let done = sqlx::query!(
+        "UPDATE jobs SET lease_owner = NULL, lease_until = NULL, wanted = NULL, estimated_finish = NULL,
+            status = 'failed', finished_at = now(), error = $3
+         WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL",
+        job.as_str(),
+        epoch,
+        error,
+    );
+    Ok(done.execute(row).await?.rows_affected() == 1)
+}
+
+async fn settle_retry(
+    row: &mut PgConnection,
+    job: &JobId,
+    epoch: i64,
+    most: i32,
+    error: &Invalid,
+) -> Result<bool, Error> {
+    let done = sqlx::query!(
+        "WITH held AS (
+            SELECT id, CASE
+                WHEN wanted = 'cancel' THEN 'cancelled'
+                WHEN wanted = 'pause' THEN 'paused'
+                WHEN attempts >= $3 THEN 'failed'
+                WHEN status = 'running' THEN 'queued'
+                ELSE status END::job_status AS next
+            FROM jobs WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL FOR UPDATE)
+         UPDATE jobs SET status = next, lease_owner = NULL, lease_until = NULL, wanted = NULL, estimated_finish = NULL,
+            run_after = now() + make_interval(secs => least($5::float8, $6::float8 * 2 ^ least(attempts - 1, 30))),
+            finished_at = CASE WHEN next IN ('cancelled', 'failed') THEN now() END,
+            error = CASE WHEN next = 'failed' THEN $4::jsonb END
+         FROM held WHERE jobs.id = held.id",
+        job.as_str(),
+        epoch,
+        most,
+        customer_error(error),
+        LONGEST_BACK_OFF.as_secs_f64(),
+        FIRST_BACK_OFF.as_secs_f64(),
+    );
+    Ok(done.execute(row).await?.rows_affected() == 1)
+}
+
+async fn settle_released(row: &mut PgConnection, job: &JobId, epoch: i64) -> Result<bool, Error> {
+    let done = sqlx::query!(
+        "UPDATE jobs SET lease_owner = NULL, lease_until = NULL, wanted = NULL, estimated_finish = NULL,
+            attempts = greatest(attempts - 1, 0),
+            status = CASE
+                WHEN wanted = 'cancel' THEN 'cancelled'
+                WHEN wanted = 'pause' THEN 'paused'
+                WHEN status = 'running' THEN 'queued'
+                ELSE status END::job_status,
+            finished_at = CASE wanted WHEN 'cancel' THEN now() END
+         WHERE id = $1 AND epoch = $2 AND lease_owner IS NOT NULL",
+        job.as_str(),
+        epoch,
+    );
+    Ok(done.execute(row).await?.rows_affected() == 1)
 }
 
 /// `error` of a failed job, as the API shows it.

@@ -14,7 +14,41 @@ use crate::domain::{CheckpointId, JobId};
 /// Objects without a row that are younger than this may belong to a checkpoint that is being stored.
 pub const GARBAGE_AGE: Duration = Duration::from_hours(24);
 
+/// What became of a wish to delete a model.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ModelDeletion {
+    Deleted,
+    Absent,
+    /// Its job has not ended and may go on from it.
+    InUse(JobId),
+}
+
 impl Store {
+    /// Deletes a fine-tuned model: its checkpoint's row, and then the bytes, unless the job that it belongs to has not
+    /// ended. Other checkpoints of the job are models of their own and stay.
+    pub async fn delete_model(&self, name: &str) -> Result<ModelDeletion, Error> {
+        let mut transaction = self.pool.begin().await?;
+        let found = sqlx::query!(
+            r#"SELECT c.id, c.job_id, j.finished_at IS NOT NULL AS "ended!" FROM checkpoints c
+               JOIN jobs j ON j.id = c.job_id WHERE c.model_name = $1 FOR UPDATE"#,
+            name
+        )
+        .fetch_optional(&mut *transaction)
+        .await?;
+        let Some(found) = found else { return Ok(ModelDeletion::Absent) };
+        if !found.ended {
+            return Ok(ModelDeletion::InUse(super::stored_id(&found.job_id)?));
+        }
+        sqlx::query!("DELETE FROM checkpoints WHERE id = $1", found.id).execute(&mut *transaction).await?;
+        transaction.commit().await?;
+        // In a task of its own, so that a caller who leaves does not stop it; should the process die, the sweep finds the rest.
+        let (weights, id) = (self.weights.clone(), super::stored_id(&found.id)?);
+        tokio::spawn(async move { weights.delete(&id).await })
+            .await
+            .map_err(|error| Error::Io(std::io::Error::other(error)))??;
+        Ok(ModelDeletion::Deleted)
+    }
+
     /// Drops the state for continuing of every checkpoint of the job that a newer one with such state has replaced.
     /// Harmless whoever calls it and however late. Answers the number of files dropped.
     pub async fn drop_replaced_state(&self, job: &JobId) -> Result<u64, Error> {

@@ -244,7 +244,7 @@ async fn a_job_on_several_gpus_is_a_trainer_for_each() {
     assert!(runs[0]["place"]["token"].as_str().is_some_and(|token| token.len() > 20));
     for run in &runs {
         assert_eq!(run["ranks"], json!({"sequence": 2, "data": 1}));
-        assert_eq!((&run["machine"]["n_devices"], &run["machine"]["host_bytes"]), (&json!(2), &json!(2 * GIB)));
+        assert_eq!((&run["machine"]["n_devices"], &run["machine"]["host_bytes"]), (&json!(2), &json!(4 * GIB)));
     }
     // Two of a kind are not free, and the third job does not pass the second.
     let (second, third) = (host.job(sizes(1, 2)).await, host.job(sizes(1, 1)).await);

@@ -17,6 +17,7 @@ const FLOORS: &[(&str, &[&str])] = &[
     ("bench", &["engine", "plan", "trainer"]),
     ("api", &["store", "plan"]),
     ("client", &[]),
+    ("webhooks", &["store"]),
     ("executor", &["store", "plan", "trainer::protocol"]),
     ("store", &[]),
     ("trainer", &["engine", "plan"]),
@@ -62,9 +63,12 @@ const ENVIRONMENT: [&str; 3] = ["src/config.rs", "src/main.rs", "build.rs"];
 /// Crates that only some floors may name.
 const FENCED_CRATES: &[(&str, &[&str])] = &[
     ("sqlx", &["src/store/"]),
-    ("tokio", &["src/api/", "src/store/", "src/executor/", "src/main.rs", "src/cli/", "src/config.rs"]),
+    (
+        "tokio",
+        &["src/api/", "src/store/", "src/executor/", "src/webhooks.rs", "src/main.rs", "src/cli/", "src/config.rs"],
+    ),
     ("axum", &["src/api/", "src/main.rs", "src/cli/"]),
-    ("ureq", &["src/client/"]),
+    ("ureq", &["src/client/", "src/webhooks.rs"]),
     ("indicatif", &["src/client/"]),
     ("cudarc", &["src/engine/", "src/executor/"]),
 ];

@@ -1,9 +1,11 @@
 //! The whole road with the real binary: upload, train, download; and whoever is killed on the way, the same weights.
 
+mod clients;
 mod hosts;
 mod hub;
 mod plans;
 mod ranks;
+mod uploads;
 
 use std::{fs, path::Path};
 
@@ -103,6 +105,15 @@ fn a_disturbed_job_ends_with_the_weights_of_an_undisturbed_one() {
     assert_eq!(result(&server, &job), undisturbed);
     let interruptions = server.story(&job).iter().filter(|line| line.contains("was interrupted")).count();
     assert_eq!(interruptions, 2);
+
+    // It is paused, its trainer gone, and resumed.
+    let job = create(&server, &body);
+    server.reaches_step(&job, 6);
+    server.client.post_empty(&format!("/v1/fine_tuning/jobs/{job}/pause")).unwrap();
+    until("the pause", || (server.job(&job)["status"] == "paused").then_some(()));
+    until("the trainer to be gone", || trainers(&server.folder).is_empty().then_some(()));
+    assert_eq!(server.client.post_empty(&format!("/v1/fine_tuning/jobs/{job}/resume")).unwrap()["status"], "queued");
+    assert_eq!(result(&server, &job), undisturbed);
 
     // The server dies; the next one goes on.
     let job = create(&server, &body);

@@ -101,7 +101,12 @@ async fn upload_create_list_show_and_cancel() {
     assert!(out.starts_with(&id) && out.contains("validating_files") && out.lines().count() == 1, "{out}");
     let (out, _) = jobs(jobs::Command::Show { job: id.clone(), json: true }).await;
     assert_eq!(serde_json::from_str::<Value>(&out).unwrap(), job);
-    let (out, _) = jobs(jobs::Command::Cancel { job: id.clone(), json: false }).await;
+    let steer = || jobs::Steer { job: id.clone(), json: false };
+    let (out, _) = jobs(jobs::Command::Pause(steer())).await;
+    assert_eq!(out, format!("{id} paused\n"));
+    let (out, _) = jobs(jobs::Command::Resume(steer())).await;
+    assert_eq!(out, format!("{id} validating_files\n"));
+    let (out, _) = jobs(jobs::Command::Cancel(steer())).await;
     assert_eq!(out, format!("{id} cancelled\n"));
     let (_, ended) = jobs(jobs::Command::Show { job: "ftjob-none".into(), json: false }).await;
     assert_eq!(status(ended).0, 4);

@@ -1,4 +1,4 @@
-//! Jobs after they were made: lists, the metadata filter, cancelling.
+//! Jobs after they were made: lists, the metadata filter, cancelling, pausing and resuming.
 
 use longhaul::{
     domain::JobId,
@@ -14,8 +14,12 @@ use crate::support::{
 const JOBS: &str = "/v1/fine_tuning/jobs";
 
 async fn cancel(service: &Service, id: &JobId) -> Answer {
-    // Stock clients cancel with an empty body that they call JSON.
-    let request = axum::http::Request::post(format!("{JOBS}/{id}/cancel")).header("content-type", "application/json");
+    steer(service, id, "cancel").await
+}
+
+async fn steer(service: &Service, id: &JobId, verb: &str) -> Answer {
+    // Stock clients send an empty body that they call JSON.
+    let request = axum::http::Request::post(format!("{JOBS}/{id}/{verb}")).header("content-type", "application/json");
     service.send(request.body(axum::body::Body::empty()).unwrap()).await
 }
 
@@ -93,4 +97,64 @@ async fn a_job_that_has_ended_cannot_be_cancelled() {
     assert_eq!(job["status"], "failed");
     let error = json!({"code": "bad_data", "message": "line 3 is no document", "param": "training_file"});
     assert_eq!(job["error"], error);
+}
+
+#[tokio::test]
+async fn a_job_that_nobody_holds_is_paused_at_once_and_goes_back_where_it_was() {
+    let service = Service::new("pause").await;
+    let id = rows::job(&service.store).await;
+    for _ in 0..2 {
+        assert_eq!(steer(&service, &id, "pause").await.json()["status"], "paused");
+    }
+    assert!(rows::claim(&service.store, Work::Inspect, LONG).await.is_none());
+    for _ in 0..2 {
+        let resumed = steer(&service, &id, "resume").await.json();
+        assert_eq!(resumed["status"], "validating_files", "its files were not validated yet");
+    }
+    let held = rows::claim(&service.store, Work::Inspect, LONG).await.unwrap();
+    assert!(service.store.settle_job(&id, held.epoch, &rows::VALIDATED).await.unwrap());
+    assert_eq!(steer(&service, &id, "pause").await.json()["status"], "paused");
+    assert!(rows::claim(&service.store, Work::Train, LONG).await.is_none());
+    assert_eq!(steer(&service, &id, "resume").await.json()["status"], "queued");
+    assert_eq!(steer(&service, &id, "pause").await.json()["status"], "paused");
+    assert_eq!(cancel(&service, &id).await.json()["status"], "cancelled");
+    for verb in ["pause", "resume"] {
+        let answer = steer(&service, &id, verb).await;
+        assert_eq!(answer.error(409, "")["code"], "job_ended");
+        assert_eq!(answer.header("x-should-retry"), Some("false"));
+        steer(&service, &"ftjob-none".parse().unwrap(), verb).await.error(404, "");
+    }
+}
+
+#[tokio::test]
+async fn the_holder_of_a_job_is_asked_to_pause_it_and_a_pause_can_be_taken_back() {
+    let service = Service::new("pause-held").await;
+    let store = &service.store;
+    let held = rows::running(store, LONG).await;
+    let wish = async |epoch| store.renew_lease(&held.job, epoch, LONG).await.unwrap();
+    for _ in 0..2 {
+        assert_eq!(steer(&service, &held.job, "pause").await.json()["status"], "running");
+    }
+    assert_eq!(wish(held.epoch).await, Some(Some(Wish::Pause)));
+    assert_eq!(steer(&service, &held.job, "resume").await.json()["status"], "running");
+    assert_eq!(wish(held.epoch).await, Some(None));
+    // The holder had heard it before: it lets go, and the job goes on.
+    assert!(store.settle_job(&held.job, held.epoch, &Settlement::Released).await.unwrap());
+    let held = rows::claim(store, Work::Train, LONG).await.unwrap();
+
+    steer(&service, &held.job, "pause").await.json();
+    assert!(store.settle_job(&held.job, held.epoch, &Settlement::Released).await.unwrap());
+    let job = service.get(&format!("{JOBS}/{}", held.job)).await.json();
+    assert_eq!((&job["status"], &job["finished_at"]), (&json!("paused"), &Value::Null));
+    assert_eq!(steer(&service, &held.job, "resume").await.json()["status"], "queued");
+
+    // Cancelling comes before pausing, in whichever order they are asked for.
+    let held = rows::claim(store, Work::Train, LONG).await.unwrap();
+    steer(&service, &held.job, "pause").await.json();
+    cancel(&service, &held.job).await.json();
+    for verb in ["pause", "resume"] {
+        assert_eq!(steer(&service, &held.job, verb).await.error(409, "")["code"], "job_cancelling");
+    }
+    assert!(store.settle_job(&held.job, held.epoch, &Settlement::Released).await.unwrap());
+    assert_eq!(service.get(&format!("{JOBS}/{}", held.job)).await.json()["status"], "cancelled");
 }

@@ -6,8 +6,9 @@ use longhaul::{
     domain::{ExecutorId, Invalid, JobId, JobStatus, training::Precision},
     store::{
         Page, Store,
-        jobs::{Cancellation, Job},
+        jobs::Job,
         queue::{ANY_DEVICE, Claimant, Settlement, Wish, Work},
+        steer::Steered,
     },
 };
 use sqlx::Executor;
@@ -207,7 +208,7 @@ async fn a_wish_to_cancel_is_granted_whoever_ends_the_hold() {
         let lease = if settlement.is_some() { LONG } else { NONE };
         let held = rows::running(&store, lease).await;
         let asked = store.cancel_job(&held.job).await.unwrap();
-        assert!(matches!(&asked, Cancellation::Accepted(job) if job.status == JobStatus::Running), "{asked:?}");
+        assert!(matches!(&asked, Steered::Accepted(job) if job.status == JobStatus::Running), "{asked:?}");
         match settlement {
             Some(settlement) => {
                 let wish = store.renew_lease(&held.job, held.epoch, LONG).await.unwrap();

@@ -32,9 +32,18 @@ impl Form {
         self
     }
 
-    pub fn file(mut self, filename: &str, content: &[u8]) -> Self {
+    pub fn file(self, filename: &str, content: &[u8]) -> Self {
+        self.content("file", filename, content)
+    }
+
+    /// The form of one part of an upload, as Python's client sends it.
+    pub fn part(content: &[u8]) -> Self {
+        Self::new().content("data", "upload", content)
+    }
+
+    pub fn content(mut self, name: &str, filename: &str, content: &[u8]) -> Self {
         let head = format!(
-            "--{BOUNDARY}\r\nContent-Disposition: form-data; name=\"file\"; filename=\"{filename}\"\r\n\
+            "--{BOUNDARY}\r\nContent-Disposition: form-data; name=\"{name}\"; filename=\"{filename}\"\r\n\
              Content-Type: application/octet-stream\r\n\r\n"
         );
         self.bytes.extend(head.into_bytes());
@@ -51,7 +60,12 @@ impl Form {
 
     /// The request, in pieces, without a length.
     pub fn request(self) -> Request<Body> {
-        upload(Body::from_stream(pieces(self.bytes())))
+        self.request_to("/v1/files")
+    }
+
+    /// The same for another path.
+    pub fn request_to(self, path: &str) -> Request<Body> {
+        post(path, Body::from_stream(pieces(self.bytes())))
     }
 
     /// The request of a client that goes away before the end of the form.
@@ -63,8 +77,16 @@ impl Form {
 
 /// An upload with this body.
 pub fn upload(body: Body) -> Request<Body> {
-    let kind = format!("multipart/form-data; boundary={BOUNDARY}");
-    Request::post("/v1/files").header(header::CONTENT_TYPE, kind).body(body).unwrap()
+    post("/v1/files", body)
+}
+
+/// The content type of every form.
+pub fn content_type() -> String {
+    format!("multipart/form-data; boundary={BOUNDARY}")
+}
+
+fn post(path: &str, body: Body) -> Request<Body> {
+    Request::post(path).header(header::CONTENT_TYPE, content_type()).body(body).unwrap()
 }
 
 fn pieces(bytes: Vec<u8>) -> impl futures_util::Stream<Item = std::io::Result<Bytes>> {

@@ -42,3 +42,15 @@ pub fn reference_python() -> Option<OsString> {
     }
     python
 }
+
+/// Names a folder whose `node_modules` holds the `openai` package, for Node's client.
+pub const NODE: &str = "LONGHAUL_REFERENCE_NODE";
+
+/// The folder that [`NODE`] names; says so where there is none.
+pub fn reference_node() -> Option<PathBuf> {
+    let folder = std::env::var_os(NODE);
+    if folder.is_none() {
+        eprintln!("SKIPPED: {NODE} names no folder with the openai package for Node; its client was not run");
+    }
+    folder.map(PathBuf::from)
+}

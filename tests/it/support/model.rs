@@ -42,7 +42,7 @@ pub fn machine(bytes: u64) -> Machine {
 /// A GPU that nobody has, beside some host memory.
 pub fn gpu(bytes: u64) -> Machine {
     let device_name = "NVIDIA Test".into();
-    Machine { device: DeviceKind::Cuda, device_name, host_bytes: 1 << 30, ..machine(bytes) }
+    Machine { device: DeviceKind::Cuda, device_name, host_bytes: 2 << 30, ..machine(bytes) }
 }
 
 /// A Llama with grouped queries: five layers, so that segments of several lengths fit.

@@ -75,7 +75,12 @@ impl Cuda {
     /// Staged log-sum-exps = those of the chunk, and where there are none one at which nothing is seen.
     pub(crate) fn stage_statistics(&self, staged: &Staged, to: u64, lse: Tensor) -> Result {
         let arguments = self.of_statistics(staged, to, lse);
-        self.kernels.launch(&self.device, "attention_stage_statistics", grid(staged.statistics().div_ceil(STATISTICS)), &arguments)
+        self.kernels.launch(
+            &self.device,
+            "attention_stage_statistics",
+            grid(staged.statistics().div_ceil(STATISTICS)),
+            &arguments,
+        )
     }
 
     fn of_statistics<'a>(&self, staged: &'a Staged, address: u64, lse: Tensor) -> Vec<Argument<'a>> {
@@ -110,6 +115,11 @@ impl Cuda {
     pub(crate) fn merge_statistics(&self, staged: &Staged, (lse, part_lse): (Tensor, u64), first: bool) -> Result {
         let mut arguments = self.of_statistics(staged, part_lse, lse);
         arguments.push(Flag(first.into()));
-        self.kernels.launch(&self.device, "attention_merge_statistics", grid(staged.statistics().div_ceil(STATISTICS)), &arguments)
+        self.kernels.launch(
+            &self.device,
+            "attention_merge_statistics",
+            grid(staged.statistics().div_ceil(STATISTICS)),
+            &arguments,
+        )
     }
 }
