@@ -5,6 +5,7 @@ mod hosts;
 mod hub;
 mod plans;
 mod ranks;
+mod soak;
 mod uploads;
 
 use std::{fs, path::Path};
