@@ -80,6 +80,9 @@ pub struct Serve {
     /// Address to listen on; port 0 takes a free one
     #[arg(long, env = "LONGHAUL_LISTEN", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
     pub listen: SocketAddr,
+    /// Address that tells Prometheus what the service counts, as in 127.0.0.1:9090; none by default. Whoever reaches it may read it
+    #[arg(long, env = "LONGHAUL_METRICS", value_name = "ADDRESS")]
+    pub metrics: Option<SocketAddr>,
     /// Listen beyond this host although nobody needs a key: whoever reaches the address can do everything
     #[arg(long, env = "LONGHAUL_OPEN_TO_ALL")]
     pub open_to_all: bool,

@@ -30,6 +30,7 @@ pub mod hub;
 pub mod job_object;
 pub mod jobs;
 pub mod layers;
+pub mod metrics;
 pub mod models;
 pub mod permissions;
 pub mod plans;
@@ -54,11 +55,13 @@ const SWEEP_PAUSE: Duration = Duration::from_mins(10);
 pub struct Settings {
     /// Largest uploaded file.
     pub max_upload_bytes: u64,
+    /// Where requests are counted.
+    pub metrics: metrics::Metrics,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { max_upload_bytes: 64 << 30 }
+        Self { max_upload_bytes: 64 << 30, metrics: metrics::Metrics::default() }
     }
 }
 
@@ -102,6 +105,7 @@ pub fn router(store: Store, settings: Settings, stop: CancellationToken) -> Rout
         .fallback(layers::no_route)
         .method_not_allowed_fallback(layers::no_method)
         .layer(CatchPanicLayer::custom(layers::panicked))
+        .layer(from_fn_with_state(settings.metrics.clone(), metrics::count))
         .layer(from_fn(layers::identify))
         .with_state(Api { store, settings: Arc::new(settings), stop })
 }

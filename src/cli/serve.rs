@@ -15,7 +15,8 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use crate::{
-    api, config, executor,
+    api::{self, metrics::Metrics},
+    config, executor,
     store::{
         self, Store,
         private::{self, Durability, Postgres, Search},
@@ -37,6 +38,8 @@ pub enum Error {
     OpenToAll(SocketAddr),
     #[error("--listen {address}: {source}")]
     Listen { address: SocketAddr, source: io::Error },
+    #[error("--metrics {address}: {source}")]
+    Metrics { address: SocketAddr, source: io::Error },
     #[error("--data {path}: {source}")]
     Data { path: PathBuf, source: io::Error },
     #[error("the private Postgres: {0}")]
@@ -98,7 +101,9 @@ async fn serve(args: &config::Serve, database_url: String, stop: CancellationTok
     let address = listener.local_addr()?;
     // Whoever started us with port 0 learns the address from this line.
     tracing::info!(%address, "serving on http://{address}");
-    let settings = api::Settings { max_upload_bytes: args.max_upload_bytes };
+    let metrics = Metrics::default();
+    let settings = api::Settings { max_upload_bytes: args.max_upload_bytes, metrics: metrics.clone() };
+    let watched = watched(args.metrics, store.clone(), metrics, stop.clone()).await?;
     // Whatever ends first takes the other one with it.
     let api = async {
         let ended = api::serve(listener, store.clone(), settings, stop.clone()).await;
@@ -114,10 +119,35 @@ async fn serve(args: &config::Serve, database_url: String, stop: CancellationTok
         stop.cancel();
         ended.map_err(Error::from)
     };
-    let (api, executor, ()) = tokio::join!(api, executor, webhooks::run(store.clone(), stop.clone()));
+    let (api, executor, watched, ()) = tokio::join!(api, executor, watched, webhooks::run(store.clone(), stop.clone()));
     store.close().await;
     api?;
+    watched?;
     executor
+}
+
+/// Binds the address for metrics, if there is to be one; what it gives answers there until the stop.
+async fn watched(
+    address: Option<SocketAddr>,
+    store: Store,
+    metrics: Metrics,
+    stop: CancellationToken,
+) -> Result<impl Future<Output = io::Result<()>>, Error> {
+    let listener = match address {
+        None => None,
+        Some(address) => {
+            let listener = TcpListener::bind(address).await.map_err(|source| Error::Metrics { address, source })?;
+            let address = listener.local_addr()?;
+            tracing::info!(%address, "metrics on http://{address}/metrics");
+            Some(listener)
+        }
+    };
+    Ok(async move {
+        match listener {
+            None => Ok(()),
+            Some(listener) => api::metrics::serve(listener, store, metrics, stop).await,
+        }
+    })
 }
 
 /// Cancelled by SIGTERM or an interrupt. A second signal ends the process at once.

@@ -16,6 +16,7 @@ pub mod calls;
 pub mod checkpoints;
 pub mod events;
 pub mod files;
+pub mod gauges;
 pub mod hosts;
 pub mod jobs;
 mod page;

@@ -8,6 +8,7 @@ mod files;
 mod hub;
 mod job_creation;
 mod job_life;
+mod metrics;
 mod models;
 mod permissions;
 mod plans;
