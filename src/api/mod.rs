@@ -115,7 +115,7 @@ pub fn router(store: Store, settings: Settings, stop: CancellationToken) -> Rout
 /// # Panics
 /// Never: the document is made of strings and numbers.
 pub fn openapi_yaml() -> String {
-    table().into_openapi().to_yaml().expect("a document of strings and numbers is YAML")
+    contract().to_yaml().expect("a document of strings and numbers is YAML")
 }
 
 /// The contract, as JSON.
@@ -123,7 +123,15 @@ pub fn openapi_yaml() -> String {
 /// # Panics
 /// Never: see [`openapi_yaml`].
 pub fn openapi_json() -> String {
-    table().into_openapi().to_json().expect("a document of strings and numbers is JSON")
+    contract().to_json().expect("a document of strings and numbers is JSON")
+}
+
+/// The routes as a document. What the router calls `{*path}`, the rest of a path, has no word of its own there.
+fn contract() -> utoipa::openapi::OpenApi {
+    let mut contract = table().into_openapi();
+    let paths = std::mem::take(&mut contract.paths.paths);
+    contract.paths.paths = paths.into_iter().map(|(path, item)| (path.replace("{*", "{"), item)).collect();
+    contract
 }
 
 /// Every route.

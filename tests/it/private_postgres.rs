@@ -60,6 +60,31 @@ async fn survives_kill_and_keeps_what_was_committed() {
     assert!(PgConnection::connect(&sandbox_url(&sandbox)).await.is_err(), "nothing runs after a stop");
 }
 
+#[tokio::test]
+async fn starts_again_though_a_process_of_the_killed_one_lives_on() {
+    let sandbox = Sandbox::new("orphan");
+    let postgres = start(&cluster_settings(sandbox.path())).await.unwrap();
+    let mut busy = connect(&postgres).await;
+    let backend = busy.fetch_one("SELECT pg_backend_pid()").await.unwrap().get::<i32, _>(0);
+    // It never looks up, so it does not see that its server has died.
+    let looping = tokio::spawn(async move { busy.execute("DO $$ BEGIN LOOP END LOOP; END $$").await.map(drop) });
+    let path = format!("/proc/{backend}/stat");
+    while !fs::read_to_string(&path).unwrap().contains(") R ") {
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let first = postgres.pid().unwrap();
+    kill_process(Pid::from_raw(first).unwrap(), Signal::KILL).unwrap();
+    let deadline = Instant::now() + LIMIT;
+    while postgres.pid().is_none_or(|pid| pid == first) {
+        assert!(Instant::now() < deadline, "it did not start again");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    connect(&postgres).await.fetch_one("SELECT 1").await.unwrap();
+    assert!(!Path::new(&path).exists(), "the process of the killed one has been ended");
+    assert!(looping.await.unwrap().is_err());
+    stop(postgres).await;
+}
+
 fn sandbox_url(sandbox: &Sandbox) -> String {
     format!("postgres://longhaul@localhost/longhaul?host={}", sandbox.join("postgres").display())
 }

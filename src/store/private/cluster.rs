@@ -21,6 +21,12 @@ const START_LIMIT: Duration = Duration::from_mins(2);
 const STOP_LIMIT: Duration = Duration::from_secs(20);
 /// Longest wait after the hard stop.
 const HARD_STOP_LIMIT: Duration = Duration::from_secs(5);
+/// How long the processes of a server that died may take to notice it, before they are told, and then before they are ended.
+const ORPHAN_LIMITS: [(Option<Signal>, Duration); 3] = [
+    (None, Duration::from_secs(5)),
+    (Some(Signal::QUIT), Duration::from_secs(5)),
+    (Some(Signal::KILL), Duration::from_secs(5)),
+];
 /// Between two looks at a cluster that is starting or stopping.
 const LOOK_INTERVAL: Duration = Duration::from_millis(20);
 /// How much of the end of a log goes into an error.
@@ -155,7 +161,26 @@ impl Cluster {
         true
     }
 
+    /// Waits for what a server that died has left behind: Postgres does not start while a process of its predecessor lives, and
+    /// one in the middle of a statement notices late.
+    fn outlive_orphans(&self) {
+        for (signal, limit) in ORPHAN_LIMITS {
+            let deadline = Instant::now() + limit;
+            for pid in signal.iter().flat_map(|_| orphans(&self.home)) {
+                // It may have ended between the look and the signal.
+                let _ = signal.map(|signal| kill_process(pid, signal));
+            }
+            while Instant::now() < deadline {
+                if orphans(&self.home).is_empty() {
+                    return;
+                }
+                thread::sleep(LOOK_INTERVAL);
+            }
+        }
+    }
+
     fn launch(&mut self) -> Result<(), Error> {
+        self.outlive_orphans();
         let log = self.log();
         let out = fs::File::create(&log).map_err(Error::io("write", &log))?;
         let err = out.try_clone().map_err(Error::io("write", &log))?;
@@ -210,8 +235,12 @@ impl Cluster {
         }
     }
 
-    /// The end of the newest log.
+    /// Why the server did not start: what it said before it kept a log of its own, or the end of the newest log.
     fn last_words(&self) -> String {
+        let at_first = tail(&self.log());
+        if at_first.contains("FATAL") {
+            return at_first.trim().to_owned();
+        }
         let logs = fs::read_dir(self.home.join("log")).into_iter().flatten().flatten().map(|entry| entry.path());
         let newest = logs.max_by_key(|path| fs::metadata(path).and_then(|meta| meta.modified()).ok());
         let words = newest.map(|path| tail(&path)).filter(|text| !text.trim().is_empty());
@@ -226,6 +255,16 @@ pub(super) fn running(home: &Path) -> Option<Pid> {
     test_kill_process(pid).ok()?;
     let works_in = fs::read_link(format!("/proc/{}/cwd", pid.as_raw_nonzero())).ok()?;
     (works_in == fs::canonicalize(home.join("cluster")).ok()?).then_some(pid)
+}
+
+/// Processes that work in the cluster of this home; asked while its server does not live.
+fn orphans(home: &Path) -> Vec<Pid> {
+    let Ok(cluster) = fs::canonicalize(home.join("cluster")) else { return Vec::new() };
+    let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let ids = processes.filter_map(|entry| Pid::from_raw(entry.file_name().to_str()?.parse().ok()?));
+    let works_there =
+        |pid: &Pid| fs::read_link(format!("/proc/{}/cwd", pid.as_raw_nonzero())).is_ok_and(|folder| folder == cluster);
+    ids.filter(works_there).collect()
 }
 
 /// Lines of `postmaster.pid`: process id, data folder, start time, port, socket folder, address, memory key, state.

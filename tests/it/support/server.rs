@@ -86,9 +86,10 @@ impl Server {
     /// The same at an address.
     pub fn listening(folder: &Path, address: &str, arguments: &[&str]) -> Self {
         let before = fs::read_to_string(folder.join("log")).unwrap_or_default().matches("serving on ").count();
-        let process = Process::start(folder, &[&["serve", "--listen", address], arguments].concat());
+        let mut process = Process::start(folder, &[&["serve", "--listen", address], arguments].concat());
         let address = until("the server's address", || {
             let log = process.log();
+            assert!(process.child.try_wait().unwrap().is_none(), "the server ended: {}", tail(&log));
             let line = log.lines().filter(|line| line.contains("serving on ")).nth(before)?;
             Some(line.split_whitespace().find(|word| word.starts_with("http://"))?.to_owned())
         });
@@ -130,6 +131,12 @@ impl Server {
             ended.then_some(job)
         })
     }
+}
+
+/// The last lines of a log.
+fn tail(log: &str) -> String {
+    let lines: Vec<&str> = log.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
 }
 
 /// Process ids of the trainers that work in this folder.
