@@ -3,6 +3,7 @@
 mod clients;
 mod hosts;
 mod hub;
+mod page;
 mod plans;
 mod ranks;
 mod uploads;

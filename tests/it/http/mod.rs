@@ -9,6 +9,7 @@ mod hub;
 mod job_creation;
 mod job_life;
 mod models;
+mod page;
 mod permissions;
 mod plans;
 mod refused_uploads;
