@@ -12,7 +12,7 @@ export function newJob(context) {
   const validation = new FileField(context, { name: "validation_file", label: "Validation file", optional: true });
   const models = el("datalist", { id: "models" });
   const model = field({ path: "model", label: "Base model", type: "text", list: "models", required: true, spellcheck: "false",
-    note: "A model of this server; the list offers those that are there." });
+    note: "A model of this server, as the list offers them; or organization/name of one on the server’s hub." });
   const trouble = el("div", {});
   const outlook = el("section", { "aria-label": "What it would come to", class: "outlook" });
   const start = el("button", { type: "submit", class: "main" }, "Start the job");

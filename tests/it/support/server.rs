@@ -34,6 +34,9 @@ impl Process {
             .args(["--lease", "3"])
             .args(if arguments.contains(&"--memory") { [].as_slice() } else { &["--memory", "2000000000"] })
             .env_remove("DATABASE_URL")
+            // No test asks a hub that it has not started, or finds what this host has of one.
+            .envs([("HF_ENDPOINT", "http://127.0.0.1:9".into()), ("HF_HUB_CACHE", folder.join("hub"))])
+            .env_remove("HF_TOKEN")
             .current_dir(folder)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -80,8 +83,17 @@ pub struct Server {
 impl Server {
     /// Starts `serve` over this data folder and waits until it answers.
     pub fn start(folder: &Path, arguments: &[&str]) -> Self {
+        Self::listening(folder, "127.0.0.1:0", arguments)
+    }
+
+    /// One in the place of this one, which is gone: over its folder, at its address, and without an executor.
+    pub fn again(self) -> Self {
+        Self::listening(&self.folder, self.address.trim_start_matches("http://"), &["--no-executor"])
+    }
+
+    fn listening(folder: &Path, at: &str, arguments: &[&str]) -> Self {
         let before = fs::read_to_string(folder.join("log")).unwrap_or_default().matches("serving on ").count();
-        let process = Process::start(folder, &[&["serve", "--listen", "127.0.0.1:0"], arguments].concat());
+        let process = Process::start(folder, &[&["serve", "--listen", at], arguments].concat());
         let address = until("the server's address", || {
             let log = process.log();
             let line = log.lines().filter(|line| line.contains("serving on ")).nth(before)?;
