@@ -138,9 +138,32 @@ pub struct Executor {
     #[arg(long, env = "LONGHAUL_ADDRESS", value_name = "HOST")]
     pub address: Option<String>,
     #[command(flatten)]
+    pub hub: Hub,
+    #[command(flatten)]
     pub sizes: Sizes,
     #[command(flatten)]
     pub devices: Devices,
+}
+
+/// Where base models come from that are in no folder: organization/name, or organization/name@revision.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Hub {
+    /// Hub that base models are fetched from by name
+    #[arg(long, env = "HF_ENDPOINT", default_value = "https://huggingface.co", value_name = "URL")]
+    pub hub_endpoint: String,
+    /// Token for models that the hub gives to some accounts only
+    #[arg(long, env = "HF_TOKEN", hide_env_values = true, value_name = "TOKEN")]
+    pub hub_token: Option<String>,
+    /// Cache of the hub's models, shared with Hugging Face's tools; hub/ in HF_HOME by default
+    #[arg(long, env = "HF_HUB_CACHE", value_name = "DIR")]
+    pub hub_cache: Option<PathBuf>,
+    /// Fetch no models; those in the cache may still be used
+    #[arg(long, env = "LONGHAUL_NO_FETCH")]
+    pub no_fetch: bool,
+    #[arg(long, env = "HF_HOME", hide = true)]
+    pub hf_home: Option<PathBuf>,
+    #[arg(long, env = "HOME", hide = true, default_value = ".")]
+    pub home: PathBuf,
 }
 
 /// How much of this host may be used, where less than it has.

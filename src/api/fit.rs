@@ -5,7 +5,7 @@
 
 use crate::{
     domain::{
-        BaseModel, Event, Invalid, JobRequest, Level, Machine, ModelConfig, TrainingSpec,
+        BaseModel, Event, HubName, Invalid, JobRequest, Level, Machine, ModelConfig, TrainingSpec,
         machine::{DeviceKind, alike},
     },
     plan,
@@ -30,10 +30,22 @@ pub async fn ask_live_hosts(store: &Store, asked: &JobRequest) -> Result<Vec<Eve
                        sequence fit is found out then";
         return Ok(vec![Event::message(Level::Warn, message)]);
     }
+    if let Some(name) = fetched(&hosts, &asked.model) {
+        let message =
+            format!("No host has the base model {name} yet; an executor fetches it from its hub, and judges it then");
+        return Ok(vec![Event::message(Level::Info, message)]);
+    }
     let asked = (asked.model.clone(), asked.training.clone());
     // Planning is arithmetic, but a good deal of it.
     let answer = tokio::task::spawn_blocking(move || fits_somewhere(&hosts, &asked.0, &asked.1)).await;
     Ok(answer.map_err(ApiError::internal)??)
+}
+
+/// The model's name where no host has it, and one would fetch it from a hub.
+fn fetched(hosts: &[Host], model: &str) -> Option<HubName> {
+    let is_here = hosts.iter().flat_map(|host| &host.models).any(|base| base.name == model);
+    let would_fetch = hosts.iter().any(|host| host.fetches);
+    if is_here || !would_fetch { None } else { model.parse().ok() }
 }
 
 fn fits_somewhere(hosts: &[Host], model: &str, training: &TrainingSpec) -> Result<Vec<Event>, Invalid> {

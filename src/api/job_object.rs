@@ -21,7 +21,8 @@ const ORGANIZATION: &str = "org-longhaul";
 #[derive(Debug, ToSchema)]
 #[expect(dead_code, reason = "describes the body in the contract; domain::JobRequest reads it")]
 pub struct CreateJob {
-    /// Name of a base model of this server, see `/v1/models`.
+    /// Name of a base model of this server, see `/v1/models`; or `organization/name`, or `organization/name@revision`, of a model on the
+    /// hub of its executors, which is fetched before the files are validated.
     #[schema(min_length = 1, max_length = 256)]
     model: String,
     /// Id of an uploaded file with purpose `fine-tune`.

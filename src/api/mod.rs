@@ -32,6 +32,7 @@ pub mod jobs;
 pub mod layers;
 pub mod metrics;
 pub mod models;
+pub mod page;
 pub mod permissions;
 pub mod plans;
 pub mod tar;
@@ -102,6 +103,7 @@ pub async fn serve(
 pub fn router(store: Store, settings: Settings, stop: CancellationToken) -> Router {
     let (router, _) = table().split_for_parts();
     router
+        .merge(page::routes())
         .fallback(layers::no_route)
         .method_not_allowed_fallback(layers::no_method)
         .layer(CatchPanicLayer::custom(layers::panicked))

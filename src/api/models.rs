@@ -62,7 +62,7 @@ pub struct ModelDeleted {
 /// Lists the base models that a live host has, by name, and then fine-tuned models, newest first.
 #[utoipa::path(get, path = "/v1/models", tag = "models", responses((status = 200, body = ModelList)))]
 pub async fn list_models(State(api): State<Api>) -> Result<Json<ModelList>, ApiError> {
-    let mut data = base_models(&api).await?;
+    let mut data = base_models(&api, false).await?;
     let fine_tuned = api.store.fine_tuned_models(MAX_FINE_TUNED).await?;
     data.extend(fine_tuned.into_iter().map(ModelObject::from));
     Ok(Json(ModelList { object: "list", data }))
@@ -75,7 +75,7 @@ pub async fn retrieve_model(
     State(api): State<Api>,
     Segments(name): Segments<String>,
 ) -> Result<Json<ModelObject>, ApiError> {
-    let base = base_models(&api).await?.into_iter().find(|model| model.id == name);
+    let base = base_models(&api, true).await?.into_iter().find(|model| model.id == name);
     if let Some(model) = base {
         return Ok(Json(model));
     }
@@ -104,7 +104,7 @@ pub async fn delete_model(
             let message = format!("job {job} has not ended and may go on from this checkpoint: cancel the job first");
             Err(ApiError::conflict("model_in_use", message).with_param("model"))
         }
-        ModelDeletion::Absent if base_models(&api).await?.iter().any(|model| model.id == name) => {
+        ModelDeletion::Absent if base_models(&api, true).await?.iter().any(|model| model.id == name) => {
             let message = "a base model is a folder of its host: take it out of the host's model folder";
             Err(Invalid::with_code("base_model", "model", message).into())
         }
@@ -112,10 +112,14 @@ pub async fn delete_model(
     }
 }
 
-async fn base_models(api: &Api) -> Result<Vec<ModelObject>, ApiError> {
+async fn base_models(api: &Api, named: bool) -> Result<Vec<ModelObject>, ApiError> {
     let mut models = BTreeMap::new();
     for host in api.store.live_hosts().await? {
         for base in host.models {
+            // Fetched at a revision of its own: known by that name, and not listed a second time.
+            if !named && base.name.contains('@') {
+                continue;
+            }
             let model = ModelObject {
                 id: base.name.clone(),
                 object: "model",

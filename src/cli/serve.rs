@@ -194,6 +194,7 @@ fn executor_settings(places: &config::Places, args: &config::Executor) -> io::Re
         program: std::env::current_exe()?,
         work_folder: absolute(&places.data.join("work")),
         models_folder: absolute(places.models.as_deref().unwrap_or(&places.data.join("models"))),
+        hub: hub_settings(&args.hub),
         lease: args.lease,
         grace: args.grace,
         memory: args.sizes.memory,
@@ -203,6 +204,16 @@ fn executor_settings(places: &config::Places, args: &config::Executor) -> io::Re
         look: args.machine_timeout,
         address: args.address.clone().unwrap_or_else(own_name),
     })
+}
+
+fn hub_settings(args: &config::Hub) -> executor::HubSettings {
+    let home = || args.hf_home.clone().unwrap_or_else(|| args.home.join(".cache/huggingface"));
+    executor::HubSettings {
+        endpoint: args.hub_endpoint.clone(),
+        token: args.hub_token.clone().filter(|token| !token.is_empty()),
+        cache: absolute(&args.hub_cache.clone().unwrap_or_else(|| home().join("hub"))),
+        fetch: !args.no_fetch,
+    }
 }
 
 fn own_name() -> String {

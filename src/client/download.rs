@@ -12,7 +12,7 @@ use std::{
 };
 
 use indicatif::ProgressBar;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{
     Failure, Result, bar,
@@ -43,6 +43,9 @@ pub struct Args {
     /// Also the state for continuing the run
     #[arg(long)]
     pub all: bool,
+    /// Print what was downloaded as one JSON object instead of the folder
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// Downloads what is not here yet, and prints the folder.
@@ -58,7 +61,11 @@ pub fn run(args: &Args, client: &Client, out: &mut dyn Write) -> Result {
         let target = inside(&folder, &file.path)?;
         fetch(client, &format!("{files_path}/{}", encoded(&file.path)), file, &target)?;
     }
-    say(out, folder.display())
+    if !args.json {
+        return say(out, folder.display());
+    }
+    let folder = folder.to_string_lossy();
+    say(out, json!({"folder": folder, "job": job, "checkpoint": checkpoint, "files": files}))
 }
 
 /// The job and the checkpoint that are meant.

@@ -4,7 +4,6 @@
 //! servers restart. A write is tried again only where the server can tell that it is the same one.
 
 use std::{
-    io::Read,
     thread,
     time::{Duration, Instant},
 };
@@ -16,7 +15,7 @@ use ureq::{
     typestate::{WithBody, WithoutBody},
 };
 
-use super::{Failure, Result};
+use super::{Failure, Result, multipart::Form};
 
 /// Longest wait for a connection.
 const CONNECT: Duration = Duration::from_secs(10);
@@ -97,7 +96,12 @@ impl Client {
 
     /// `POST path` with a JSON body, tried again for up to [`SHORT`]: `key` tells the server that it is the same request.
     pub fn post_again(&self, path: &str, body: &Value, key: &str) -> Result<Value> {
-        let deadline = Instant::now() + SHORT;
+        self.post_for(path, body, key, SHORT)
+    }
+
+    /// As [`Self::post_again`], for up to `patience`.
+    pub fn post_for(&self, path: &str, body: &Value, key: &str, patience: Duration) -> Result<Value> {
+        let deadline = Instant::now() + patience;
         let mut pause = FIRST_PAUSE;
         loop {
             let request = self.request(path).header("idempotency-key", key);
@@ -116,10 +120,14 @@ impl Client {
         self.json(self.accepted(self.request(path).send_empty())?)
     }
 
-    /// `POST path` with `length` bytes of `body`, once.
-    pub fn post_stream(&self, path: &str, content_type: &str, length: u64, body: &mut dyn Read) -> Result<Value> {
-        let request = self.request(path).content_type(content_type).header("content-length", length.to_string());
-        self.json(self.accepted(request.send(SendBody::from_reader(body)))?)
+    /// `POST path` with a form, once. `digest` is told to the server, which refuses other bytes.
+    pub fn post_form(&self, path: &str, form: &mut Form, digest: Option<&str>) -> Result<Value> {
+        let request = self.request(path).content_type(&form.content_type);
+        let mut request = request.header("content-length", form.length.to_string());
+        if let Some(digest) = digest {
+            request = request.header("x-content-sha256", digest);
+        }
+        self.json(self.accepted(request.send(SendBody::from_reader(&mut *form.body)))?)
     }
 
     fn request(&self, path: &str) -> RequestBuilder<WithBody> {

@@ -12,6 +12,7 @@ pub mod http;
 pub mod jobs;
 pub mod multipart;
 pub mod partial;
+mod parts;
 mod plan;
 pub mod upload;
 pub mod watch;

@@ -7,6 +7,7 @@ pub mod event;
 pub mod fields;
 pub mod heads;
 pub mod hex;
+pub mod hub_name;
 pub mod hyperparameters;
 pub mod ids;
 pub mod invalid;
@@ -21,6 +22,7 @@ pub mod training;
 
 pub use event::{Event, Level};
 pub use hex::hex;
+pub use hub_name::HubName;
 pub use ids::{CheckpointId, EventId, ExecutorId, FileId, JobId, PartId, PermissionId, PlanId, UploadId, WebhookId};
 pub use invalid::Invalid;
 pub use job::JobStatus;

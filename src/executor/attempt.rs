@@ -126,15 +126,7 @@ impl Conversation<'_> {
                     self.trainers.kill().await;
                     return Settlement::Released;
                 }
-                report = self.trainers.report() => {
-                    if let Some(settlement) = self.heard(report).await {
-                        return settlement;
-                    }
-                }
-                why = &mut gone => {
-                    self.trainers.kill().await;
-                    return retry(why);
-                }
+                // Before the reports: a trainer of short steps always has one ready, and what is behind it would never be heard.
                 wish = lease.wished(), if !stopping => {
                     let (checkpoint, grace) = match wish {
                         Wish::Pause => (true, PAUSE_GRACE),
@@ -144,6 +136,15 @@ impl Conversation<'_> {
                 }
                 () = self.context.stop.cancelled(), if !stopping => {
                     self.ask_to_stop(true, self.context.settings.grace).await;
+                }
+                report = self.trainers.report() => {
+                    if let Some(settlement) = self.heard(report).await {
+                        return settlement;
+                    }
+                }
+                why = &mut gone => {
+                    self.trainers.kill().await;
+                    return retry(why);
                 }
             }
         }

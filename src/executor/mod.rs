@@ -11,12 +11,13 @@ use std::{
 };
 
 use tokio::{
-    sync::{Mutex, Notify, watch},
+    sync::{Mutex, Notify, Semaphore, watch},
     task::JoinSet,
 };
 use tokio_util::sync::CancellationToken;
 
 use self::devices::{Devices, Free, Looker};
+pub use self::hub::Settings as HubSettings;
 use crate::{
     domain::{ExecutorId, Invalid, JobId},
     store::{Store, hosts::NewHost, retention::GARBAGE_AGE},
@@ -25,9 +26,11 @@ use crate::{
 mod allot;
 mod attempt;
 mod devices;
+mod fetch;
 mod group;
 mod help;
 pub mod host;
+pub mod hub;
 mod launcher;
 mod lease;
 mod models;
@@ -58,6 +61,8 @@ pub struct Settings {
     pub work_folder: PathBuf,
     /// Folder of base models, each a Hugging Face folder `name` or `organization/name`.
     pub models_folder: PathBuf,
+    /// Where base models come from that are in no folder.
+    pub hub: HubSettings,
     /// How long a lease lasts unless renewed.
     pub lease: Duration,
     /// How long a trainer may take to write a checkpoint when the executor is asked to stop.
@@ -99,6 +104,8 @@ struct Context {
     /// Jobs that are worked on here, once for each attempt. Claims and the end of attempts go one after another under this
     /// lock, so that no job's folder is removed under the attempt that follows.
     held: Mutex<Vec<JobId>>,
+    /// One model is fetched at a time: two would share the same line.
+    fetching: Semaphore,
     /// Some job may have changed.
     hints: Notify,
     stop: CancellationToken,
@@ -113,7 +120,8 @@ pub async fn run(store: Store, settings: Settings, stop: CancellationToken) -> R
     tracing::info!(executor = %id, device = cpu.device_name, bytes = cpu.device_bytes, "executor started");
     let devices = watch::Sender::new(Devices::without_gpus(cpu));
     let (free, held, hints) = (watch::Sender::default(), Mutex::default(), Notify::new());
-    let context = Arc::new(Context { store, settings, id, devices, free, held, hints, stop });
+    let fetching = Semaphore::new(1);
+    let context = Arc::new(Context { store, settings, id, devices, free, held, fetching, hints, stop });
     // Before anything is published or claimed: a job that takes any device must not land on the CPU for want of a look.
     let mut looker = Looker::default();
     looker.look(&context).await;
@@ -169,6 +177,21 @@ impl Context {
     }
 }
 
+impl Context {
+    /// Publishes what this host has now.
+    async fn show(&self) {
+        let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
+        let models = models::found(&self.settings);
+        let devices = self.devices.borrow().clone();
+        let (machines, free) = (devices.machines(), devices.places(&self.free.borrow()));
+        let (executor, hostname, fetches) = (&self.id, hostname.as_str(), self.settings.hub.fetch);
+        let host = NewHost { executor, hostname, machines: &machines, free: &free, models: &models, fetches };
+        if let Err(error) = self.store.publish_host(&host).await {
+            tracing::warn!(%error, "the host could not be published; it is tried again");
+        }
+    }
+}
+
 /// Turns notifications of the database into hints.
 async fn listen(context: Arc<Context>) {
     while !context.stop.is_cancelled() {
@@ -182,17 +205,11 @@ async fn listen(context: Arc<Context>) {
 }
 
 async fn publish(context: Arc<Context>) {
-    let hostname = rustix::system::uname().nodename().to_string_lossy().into_owned();
     let (mut changed, mut freed) = (context.devices.subscribe(), context.free.subscribe());
     loop {
-        let models = models::found(&context.settings.models_folder);
-        let devices = changed.borrow_and_update().clone();
-        let (machines, free) = (devices.machines(), devices.places(&freed.borrow_and_update()));
-        let (executor, hostname) = (&context.id, hostname.as_str());
-        let host = NewHost { executor, hostname, machines: &machines, free: &free, models: &models };
-        if let Err(error) = context.store.publish_host(&host).await {
-            tracing::warn!(%error, "the host could not be published; it is tried again");
-        }
+        changed.borrow_and_update();
+        freed.borrow_and_update();
+        context.show().await;
         tokio::select! {
             stopped = context.pause(PUBLISH) => if stopped { return },
             // The sender lives as long as the context.

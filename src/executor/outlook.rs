@@ -33,7 +33,7 @@ pub(super) async fn plans(context: Arc<Context>) {
     while !context.stop.is_cancelled() {
         let hinted = context.hints.notified();
         let models = work::model_names(&context);
-        match context.store.take_plan(&models, context.settings.lease).await {
+        match context.store.take_plan(&models, work::fetches(&context), context.settings.lease).await {
             Ok(Some(plan)) => {
                 read(&context, &plan).await;
                 continue;
@@ -52,7 +52,8 @@ pub(super) async fn plans(context: Arc<Context>) {
 async fn read(context: &Context, plan: &TakenPlan) {
     let claim = claim(plan);
     tracing::info!(plan = %plan.id, model = claim.model, "reading data for a plan");
-    let answer = match prepared(context, &claim).await {
+    let Some(prepared) = held(context, plan, prepared(context, &claim)).await else { return };
+    let answer = match prepared {
         Ok(run) => counted(context, plan, run).await,
         Err(prepare::Error::Invalid(invalid)) => Some(Err(invalid)),
         Err(error) => {
@@ -68,6 +69,22 @@ async fn read(context: &Context, plan: &TakenPlan) {
         Ok(true) => {}
         Ok(false) => tracing::warn!(plan = %plan.id, "the plan had another holder by then"),
         Err(error) => tracing::warn!(plan = %plan.id, error = with_causes(&error), "the plan was not answered"),
+    }
+}
+
+/// Renews the hold while something is prepared: a model may be fetched for it. `None` when the hold was lost or the executor stops.
+async fn held<T>(context: &Context, plan: &TakenPlan, prepared: impl Future<Output = T>) -> Option<T> {
+    let lease = context.settings.lease;
+    let mut renewal = interval((lease / RENEWALS).max(Duration::from_millis(10)));
+    let mut prepared = std::pin::pin!(prepared);
+    loop {
+        tokio::select! {
+            prepared = &mut prepared => return Some(prepared),
+            _ = renewal.tick() => if !renewed(context.store.renew_plan(&plan.id, plan.epoch, lease).await) {
+                return None;
+            },
+            () = context.stop.cancelled() => return None,
+        }
     }
 }
 

@@ -1,4 +1,4 @@
-//! Before a trainer starts: its folder, its data files, and the checkpoint to go on from, on local disk.
+//! Before a trainer starts: its model, its folder, its data files, and the checkpoint to go on from, on local disk.
 
 use std::{
     io,
@@ -7,7 +7,7 @@ use std::{
 
 use tokio::fs;
 
-use super::{Context, MOST_ATTEMPTS, devices::Seat, models};
+use super::{Context, MOST_ATTEMPTS, devices::Seat, fetch};
 use crate::{
     domain::{
         FileId, Invalid, JobId, RunSpec,
@@ -27,6 +27,9 @@ pub(super) enum Error {
     Invalid(#[from] Invalid),
     #[error("{0}")]
     Store(#[from] store::Error),
+    /// The model could not be fetched this time.
+    #[error("{0}")]
+    Hub(String),
     #[error("{path}: {source}")]
     Disk { path: PathBuf, source: io::Error },
 }
@@ -69,7 +72,7 @@ pub(super) fn folder(context: &Context, job: &JobId) -> PathBuf {
 
 /// Brings everything that the claim needs to local disk.
 pub(super) async fn prepare(context: &Context, claim: &Claim, seat: &Seat) -> Result<RunSpec, Error> {
-    let model = models::folder_of(&context.settings.models_folder, &claim.model)?;
+    let model = fetch::model(context, claim).await?;
     let model = std::path::absolute(&model).map_err(disk(&model))?;
     let work_dir = folder(context, &claim.job);
     let work_dir = std::path::absolute(&work_dir).map_err(disk(&work_dir))?;

@@ -14,7 +14,9 @@ use super::{
     allot::{self, Other, Situation},
     attempt,
     devices::{Devices, Free, Looker, Seat},
-    help, models, span,
+    help,
+    models::{self, Located},
+    span,
 };
 use crate::{
     domain::{JobId, machine::DeviceKind},
@@ -72,16 +74,27 @@ impl Training {
 
 /// Inspects one job's data after another, each for the devices that could train it. None is opened for that.
 pub(super) async fn inspect(context: Arc<Context>) {
+    // Those whose models are on their way; the others do not wait for that.
+    let mut fetching = JoinSet::new();
     while !context.stop.is_cancelled() {
         let hinted = context.hints.notified();
         if let Some(Taken { claim, seat, asked }) = take_inspection(&context).await {
-            attempt::run(&context, &claim, &seat, asked).await;
+            if matches!(models::locate(&context.settings, &claim.model), Ok(Located::OnHub(_))) {
+                let context = Arc::clone(&context);
+                fetching.spawn(async move { Box::pin(attempt::run(&context, &claim, &seat, asked)).await });
+            } else {
+                attempt::run(&context, &claim, &seat, asked).await;
+            }
             continue;
         }
         tokio::select! {
             () = hinted => {}
             _ = context.pause(POLL) => {}
+            Some(ended) = fetching.join_next_with_id(), if !fetching.is_empty() => drop(finished(ended)),
         }
+    }
+    while let Some(ended) = fetching.join_next_with_id().await {
+        finished(ended);
     }
 }
 
@@ -226,7 +239,7 @@ async fn take_training(
 fn situation(context: &Context, devices: Devices, free: Free, resting: Vec<usize>, hosts: Vec<Host>) -> Situation {
     let other = |Host { executor, machines, free, models, .. }| Other { executor, machines, free, models };
     let hosts = hosts.into_iter().filter(|host| host.executor != context.id).map(other).collect();
-    Situation { devices, free, resting, models: models::found(&context.settings.models_folder), hosts }
+    Situation { devices, free, resting, models: models::found(&context.settings), hosts }
 }
 
 /// Claims a job for which other hosts have taken their ranks.
@@ -236,7 +249,12 @@ pub(super) async fn claim_called(context: &Context, job: &JobId) -> Option<(Clai
 }
 
 pub(super) fn model_names(context: &Context) -> Vec<String> {
-    models::found(&context.settings.models_folder).into_iter().map(|model| model.name).collect()
+    models::found(&context.settings).into_iter().map(|model| model.name).collect()
+}
+
+/// True while this host may fetch a model and fetches none.
+pub(super) fn fetches(context: &Context) -> bool {
+    context.settings.hub.fetch && context.fetching.available_permits() > 0
 }
 
 /// Claims a job, and says when it was asked for.
@@ -271,5 +289,5 @@ fn claimant<'a>(
     devices: &'a [String],
     only: Option<&'a JobId>,
 ) -> Claimant<'a> {
-    Claimant { executor: &context.id, lease: context.settings.lease, models, devices, only }
+    Claimant { executor: &context.id, lease: context.settings.lease, models, fetches: fetches(context), devices, only }
 }

@@ -20,8 +20,10 @@ pub struct Host {
     pub machines: Vec<Machine>,
     /// Places in `machines` of those that nobody trains on.
     pub free: Vec<usize>,
-    /// What its model folder holds.
+    /// What its model folder and its cache of hub models hold.
     pub models: Vec<BaseModel>,
+    /// It fetches models from a hub that no host has.
+    pub fetches: bool,
     pub started_at: i64,
     pub seen_at: i64,
 }
@@ -34,21 +36,25 @@ pub struct NewHost<'a> {
     pub machines: &'a [Machine],
     pub free: &'a [usize],
     pub models: &'a [BaseModel],
+    pub fetches: bool,
 }
 
 impl Store {
     /// Publishes a host, or shows that it is still there.
     pub async fn publish_host(&self, host: &NewHost<'_>) -> Result<(), Error> {
         sqlx::query!(
-            "INSERT INTO hosts (executor_id, hostname, version, machines, models, free) VALUES ($1, $2, $3, $4, $5, $6)
+            "INSERT INTO hosts (executor_id, hostname, version, machines, models, free, fetches)
+             VALUES ($1, $2, $3, $4, $5, $6, $7)
              ON CONFLICT (executor_id) DO UPDATE SET hostname = EXCLUDED.hostname, version = EXCLUDED.version,
-                machines = EXCLUDED.machines, models = EXCLUDED.models, free = EXCLUDED.free, seen_at = now()",
+                machines = EXCLUDED.machines, models = EXCLUDED.models, free = EXCLUDED.free, fetches = EXCLUDED.fetches,
+                seen_at = now()",
             host.executor.as_str(),
             host.hostname,
             env!("CARGO_PKG_VERSION"),
             Json(host.machines) as _,
             Json(host.models) as _,
             Json(host.free) as _,
+            host.fetches,
         )
         .execute(&self.pool)
         .await?;
@@ -65,7 +71,7 @@ impl Store {
     pub async fn live_hosts(&self) -> Result<Vec<Host>, Error> {
         let rows = sqlx::query!(
             r#"SELECT executor_id, hostname, version, machines AS "machines: Json<Vec<Machine>>",
-                models AS "models: Json<Vec<BaseModel>>", free AS "free: Json<Vec<usize>>",
+                models AS "models: Json<Vec<BaseModel>>", free AS "free: Json<Vec<usize>>", fetches,
                 extract(epoch FROM started_at)::bigint AS "started_at!",
                 extract(epoch FROM seen_at)::bigint AS "seen_at!"
                FROM hosts WHERE seen_at > now() - make_interval(secs => $1) ORDER BY started_at, executor_id"#,
@@ -82,6 +88,7 @@ impl Store {
                     machines: row.machines.0,
                     free: row.free.0,
                     models: row.models.0,
+                    fetches: row.fetches,
                     started_at: row.started_at,
                     seen_at: row.seen_at,
                 })

@@ -6,7 +6,7 @@ use serde_json::Value;
 use sqlx::types::Json;
 
 use super::{Error, Store};
-use crate::domain::{FileId, Invalid, PlanId, TrainingSpec, progress::DataSummary};
+use crate::domain::{FileId, Invalid, PlanId, TrainingSpec, hub_name, progress::DataSummary};
 
 /// A plan older than this is deleted.
 const LIFE: Duration = Duration::from_hours(24);
@@ -94,9 +94,14 @@ impl Store {
         plan.transpose()
     }
 
-    /// Takes the oldest plan that waits and whose model is among these, for so long. One that was held often enough without an
-    /// answer fails.
-    pub async fn take_plan(&self, models: &[String], lease: Duration) -> Result<Option<TakenPlan>, Error> {
+    /// Takes the oldest plan that waits and whose model is among these, for so long; also one whose model no host has and the caller
+    /// `fetches` from a hub. One that was held often enough without an answer fails.
+    pub async fn take_plan(
+        &self,
+        models: &[String],
+        fetches: bool,
+        lease: Duration,
+    ) -> Result<Option<TakenPlan>, Error> {
         let message =
             "the data could not be read: whoever read it stopped before the end; the log of the executors says why";
         let error = Invalid { param: String::new(), message: message.into(), code: "server_error".into() };
@@ -111,7 +116,10 @@ impl Store {
         let row = sqlx::query!(
             r#"WITH next AS (
                 SELECT id FROM plans
-                WHERE status = 'queued' AND coalesce(taken_until < now(), true) AND model = ANY ($1) AND epoch < $3
+                WHERE status = 'queued' AND coalesce(taken_until < now(), true) AND epoch < $3
+                    AND (model = ANY ($1) OR $4 AND model ~ $5 AND NOT EXISTS (
+                        SELECT 1 FROM hosts WHERE seen_at > now() - make_interval(secs => $6)
+                            AND models @> jsonb_build_array(jsonb_build_object('name', plans.model))))
                 ORDER BY created_at LIMIT 1 FOR UPDATE SKIP LOCKED)
                UPDATE plans SET epoch = epoch + 1, taken_until = now() + make_interval(secs => $2)
                FROM next WHERE plans.id = next.id
@@ -120,6 +128,9 @@ impl Store {
             models,
             lease.as_secs_f64(),
             MOST_HOLDS,
+            fetches,
+            hub_name::PATTERN,
+            super::hosts::HOST_LIFE.as_secs_f64(),
         )
         .fetch_optional(&self.pool)
         .await?;

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use sqlx::{PgConnection, postgres::PgListener, types::Json};
 
 use super::{Error, Store, results};
-use crate::domain::{ExecutorId, FileId, Invalid, JobId, TrainingSpec};
+use crate::domain::{ExecutorId, FileId, Invalid, JobId, TrainingSpec, hub_name};
 
 /// A job whose model no live host has is left alone this long, since its host may be restarting. Then anybody fails it.
 const MODEL_PATIENCE: Duration = Duration::from_mins(5);
@@ -52,6 +52,8 @@ pub struct Claimant<'a> {
     pub lease: Duration,
     /// Base models of this host.
     pub models: &'a [String],
+    /// It would fetch a model from a hub that no host has.
+    pub fetches: bool,
     /// What it has for the wishes of jobs: `cpu`, `cuda`, and [`ANY_DEVICE`] for those that
     /// [`TrainingSpec::wanted_device`] leaves open.
     pub devices: &'a [String],
@@ -171,9 +173,10 @@ impl Store {
                     AND lease_owner IS NULL AND run_after <= now()
                     AND coalesce(training ->> 'device', CASE training ->> 'precision' WHEN 'f32' THEN 'cpu' END, 'any')
                         = ANY ($2)
-                    AND (model = ANY ($3) OR $1 AND created_at < now() - make_interval(secs => $4) AND NOT EXISTS (
+                    AND (model = ANY ($3) OR $1 AND NOT EXISTS (
                         SELECT 1 FROM hosts WHERE seen_at > now() - make_interval(secs => $5)
-                            AND models @> jsonb_build_array(jsonb_build_object('name', jobs.model))))
+                            AND models @> jsonb_build_array(jsonb_build_object('name', jobs.model)))
+                        AND ($9 AND model ~ $10 OR created_at < now() - make_interval(secs => $4)))
                     AND id = coalesce($8, id)
                 ORDER BY priority DESC, seq LIMIT 1 FOR UPDATE SKIP LOCKED)
                UPDATE jobs SET status = CASE WHEN $1 THEN status ELSE 'running' END, epoch = epoch + 1,
@@ -191,6 +194,8 @@ impl Store {
             by.executor.as_str(),
             by.lease.as_secs_f64(),
             by.only.map(JobId::as_str),
+            by.fetches,
+            hub_name::PATTERN,
         )
         .fetch_optional(&self.pool)
         .await?;

@@ -9,7 +9,7 @@ use longhaul::{
         Machine,
         machine::{DeviceKind, Found},
     },
-    executor::{self, Settings},
+    executor::{self, HubSettings, Settings},
 };
 use serde_json::{Value, json};
 use tokio::{task::JoinHandle, time::Instant};
@@ -89,6 +89,12 @@ impl Host {
             program: self.file("program"),
             work_folder: self.file("work"),
             models_folder: self.file("models"),
+            hub: HubSettings {
+                endpoint: "http://127.0.0.1:9".into(),
+                token: None,
+                cache: self.file("hub"),
+                fetch: false,
+            },
             lease: Duration::from_secs(30),
             grace: Duration::from_secs(1),
             memory: Some(GIB),

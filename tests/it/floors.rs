@@ -68,7 +68,7 @@ const FENCED_CRATES: &[(&str, &[&str])] = &[
         &["src/api/", "src/store/", "src/executor/", "src/webhooks.rs", "src/main.rs", "src/cli/", "src/config.rs"],
     ),
     ("axum", &["src/api/", "src/main.rs", "src/cli/"]),
-    ("ureq", &["src/client/", "src/webhooks.rs"]),
+    ("ureq", &["src/client/", "src/webhooks.rs", "src/executor/hub/"]),
     ("indicatif", &["src/client/"]),
     ("prometheus_client", &["src/api/metrics.rs"]),
     ("cudarc", &["src/engine/", "src/executor/"]),

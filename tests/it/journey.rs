@@ -1,8 +1,10 @@
 //! The whole road with the real binary: upload, train, download; and whoever is killed on the way, the same weights.
 
+mod base_models;
 mod clients;
 mod hosts;
 mod hub;
+mod page;
 mod plans;
 mod ranks;
 mod soak;
@@ -40,7 +42,7 @@ pub fn prepare(server: &Server) -> Value {
         .unwrap();
     assert!(made.success());
     let mut out = Vec::new();
-    let args = client::upload::Args { files: vec![document], purpose: "fine-tune".into(), json: false };
+    let args = client::upload::Args { files: vec![document], ..client::upload::Args::default() };
     client::upload::run(&args, &server.client, &mut out).unwrap();
     let file = String::from_utf8(out).unwrap().trim().to_owned();
     json!({
@@ -67,7 +69,7 @@ pub fn result(server: &Server, job: &str) -> Vec<(String, String)> {
     let checkpoints = server.client.get(&list, SHORT, |_| ()).unwrap();
     let id = checkpoints["data"][0]["id"].as_str().unwrap();
     let target = server.folder.join(format!("download-{job}"));
-    let args = client::download::Args { what: job.to_owned(), to: Some(target.clone()), all: true };
+    let args = client::download::Args { what: job.to_owned(), to: Some(target.clone()), all: true, json: false };
     client::download::run(&args, &server.client, &mut Vec::new()).unwrap();
     let manifest = server.client.get(&format!("{list}/{id}/files?include=all"), SHORT, |_| ()).unwrap();
     let files = manifest["data"].as_array().unwrap().iter().map(|file| {

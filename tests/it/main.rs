@@ -13,6 +13,7 @@ mod floors;
 mod golden;
 mod gpu;
 mod http;
+mod hub_fetch;
 mod job_request;
 mod journey;
 mod kernels;

@@ -8,11 +8,12 @@ use longhaul::{
     domain::Invalid,
     store::queue::{Settlement, Work},
 };
-use serde_json::Value;
+use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use crate::support::{
+    form::Form,
     rows::{self, LONG},
     service::Service,
 };
@@ -65,12 +66,29 @@ async fn upload_create_list_show_and_cancel() {
     let (first, second) = (at.service.sandbox.join("a \"b\".txt"), at.service.sandbox.join("c.jsonl"));
     fs::write(&first, &content).unwrap();
     fs::write(&second, "{\"text\": \"x\"}").unwrap();
-    let args = |files, json| upload::Args { files, purpose: "fine-tune".into(), json };
+    let args = |files, json| upload::Args { files, json, ..upload::Args::default() };
     let (out, ended) = run(&at.server, args(vec![first, second], false), upload::run).await;
     assert_eq!(ended, Ok(()));
     let ids: Vec<String> = out.lines().map(str::to_owned).collect();
     assert_eq!(ids.len(), 2, "{out}");
     assert!(at.service.get(&format!("/v1/files/{}/content", ids[0])).await.bytes == content);
+    // In parts, of which some hold the same bytes and are there already, from a client that is gone.
+    let alike = at.service.sandbox.join("alike.txt");
+    fs::write(&alike, [[b'x'; 1000].repeat(5), b"the end".to_vec()].concat()).unwrap();
+    let new = json!({"filename": "alike.txt", "purpose": "fine-tune", "bytes": 5007, "mime_type": "text/plain"});
+    let upload = at.service.post("/v1/uploads", &new).await.json()["id"].as_str().unwrap().to_owned();
+    for _ in 0..2 {
+        let form = Form::part(&[b'x'; 1000]);
+        at.service.send(form.request_to(&format!("/v1/uploads/{upload}/parts"))).await.json();
+    }
+    let in_parts = upload::Args { part_bytes: 1000, at_once: 3, ..args(vec![alike.clone()], true) };
+    let (out, ended) = run(&at.server, in_parts, upload::run).await;
+    assert_eq!(ended, Ok(()));
+    let file: Value = serde_json::from_str(&out).unwrap();
+    let path = format!("/v1/files/{}/content", file["id"].as_str().unwrap());
+    assert!(at.service.get(&path).await.bytes == fs::read(&alike).unwrap());
+    let done = at.service.get(&format!("/v1/uploads/{upload}")).await.json();
+    assert_eq!((&done["status"], &done["file"]["id"]), (&"completed".into(), &file["id"]));
     let png = at.service.sandbox.join("d.png");
     fs::write(&png, "x").unwrap();
     let (_, ended) = run(&at.server, args(vec![png], true), upload::run).await;
@@ -159,7 +177,12 @@ async fn a_download_goes_on_where_it_stopped_and_refuses_what_is_wrong() {
     let weights: Vec<u8> = (0..900_001u32).map(|i| (i.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
     let files: [(&str, &[u8]); 3] = [("a/config.json", b"{}"), ("model.safetensors", &weights), ("resume/state", b"s")];
     let (id, _) = rows::checkpoint(store, sandbox, &held, 1, true, &files).await;
-    let args = |what: &str, to: &str, all| download::Args { what: what.to_owned(), to: Some(sandbox.join(to)), all };
+    let args = |what: &str, to: &str, all| download::Args {
+        what: what.to_owned(),
+        to: Some(sandbox.join(to)),
+        all,
+        json: false,
+    };
     let get = async |args| run(&at.server, args, download::run).await;
 
     let model = store.checkpoint(&id).await.unwrap().unwrap().model_name;
@@ -171,6 +194,12 @@ async fn a_download_goes_on_where_it_stopped_and_refuses_what_is_wrong() {
         assert!(fs::read(sandbox.join(&folder).join("model.safetensors")).unwrap() == weights);
         assert_eq!(sandbox.join(&folder).join("resume/state").exists(), n == 0);
     }
+
+    let (out, ended) = get(download::Args { json: true, ..args(id.as_str(), "whole-0", false) }).await;
+    assert_eq!(ended, Ok(()));
+    let told: Value = serde_json::from_str(&out).unwrap();
+    assert_eq!((&told["checkpoint"], &told["job"]), (&id.as_str().into(), &held.job.as_str().into()));
+    assert_eq!((&told["files"][1]["path"], &told["files"][1]["bytes"]), (&"model.safetensors".into(), &900_001.into()));
 
     // The first half is right on this disk and wrong on the server's: only a download that goes on can be right.
     let object = sandbox.join(format!("weights/checkpoints/{id}/model.safetensors"));

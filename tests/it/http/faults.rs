@@ -22,7 +22,8 @@ use crate::support::{
 async fn what_is_not_there_is_not_found() {
     let service = Service::new("absent").await;
     for path in [
-        "/",
+        "/page",
+        "/page/none.js",
         "/v1",
         "/v1/nothing",
         "/v1/files/",

@@ -2,11 +2,18 @@
 
 use std::time::Duration;
 
-use longhaul::domain::Machine;
+use longhaul::{
+    domain::{ExecutorId, Machine},
+    store::{
+        hosts::NewHost,
+        queue::{ANY_DEVICE, Claimant, Work},
+    },
+};
 use serde_json::{Value, json};
 
 use crate::support::{
     model::{gpu, machine},
+    rows::{LONG, claim},
     service::{Service, body},
 };
 
@@ -177,6 +184,33 @@ async fn an_unknown_model_is_refused_with_those_there_are() {
     assert!(error["message"].as_str().unwrap().contains("another family"), "{error}");
     let cuda = body(&file, json!({"training": {"device": "cuda"}}));
     assert_eq!(service.post(JOBS, &cuda).await.error(400, "training.device")["code"], "no_such_device");
+}
+
+#[tokio::test]
+async fn a_name_of_a_hub_is_judged_by_an_executor_that_may_fetch() {
+    let service = Service::new("hub-name").await;
+    service.host(GIB).await;
+    let file = service.upload("a.txt", b"text").await;
+    let ask = async |model: &str| service.post(JOBS, &body(&file, json!({"model": model}))).await;
+    assert_eq!(ask("org/model").await.error(400, "model")["code"], "model_not_found", "no host fetches");
+    let executor = ExecutorId::random();
+    let machines = [machine(GIB)];
+    let host =
+        NewHost { executor: &executor, hostname: "b", machines: &machines, free: &[], models: &[], fetches: true };
+    service.store.publish_host(&host).await.unwrap();
+    for name in ["org/model", "org/model.v1@step-4"] {
+        let job = ask(name).await.json();
+        assert_eq!((&job["status"], &job["model"]), (&"validating_files".into(), &name.into()));
+    }
+    for name in ["model", "org/../model", "org/model@", "a/b/c"] {
+        assert_eq!(ask(name).await.error(400, "model")["code"], "model_not_found", "{name}");
+    }
+    // Its inspection goes to a host that fetches, and to no other at first.
+    assert_eq!(claim(&service.store, Work::Inspect, LONG).await, None);
+    let devices = ["cpu".to_owned(), ANY_DEVICE.to_owned()];
+    let by = Claimant { executor: &executor, lease: LONG, models: &[], fetches: true, devices: &devices, only: None };
+    let claimed = service.store.claim_job(Work::Inspect, &by).await.unwrap().unwrap();
+    assert_eq!(claimed.model, "org/model");
 }
 
 #[tokio::test]

@@ -10,6 +10,7 @@ mod job_creation;
 mod job_life;
 mod metrics;
 mod models;
+mod page;
 mod permissions;
 mod plans;
 mod refused_uploads;

@@ -46,11 +46,11 @@ async fn an_answered_plan_tells_every_host() {
     let training = json!({"training": {"sequence_length": 2048, "long_documents": "split"}});
     let asked = service.post_with(PLANS, &body(&file, training), &AT_ONCE).await.json();
     let store = &service.store;
-    assert_eq!(store.take_plan(&["other".into()], LEASE).await.unwrap(), None, "only with the model");
-    let taken = store.take_plan(&["tiny".into()], LEASE).await.unwrap().unwrap();
+    assert_eq!(store.take_plan(&["other".into()], false, LEASE).await.unwrap(), None, "only with the model");
+    let taken = store.take_plan(&["tiny".into()], false, LEASE).await.unwrap().unwrap();
     assert_eq!(taken.id.as_str(), asked["id"]);
     assert_eq!(taken.plan.training_files[0].as_str(), file);
-    assert_eq!(store.take_plan(&["tiny".into()], LEASE).await.unwrap(), None, "it is held");
+    assert_eq!(store.take_plan(&["tiny".into()], false, LEASE).await.unwrap(), None, "it is held");
 
     let preview = vec![PreviewedExample { origin: "a.txt line 1".into(), tokens: 4, ..PreviewedExample::default() }];
     let summary = DataSummary {
@@ -94,12 +94,12 @@ async fn a_plan_that_is_dropped_goes_to_another_and_not_for_ever() {
     let store = &service.store;
     let tiny = ["tiny".to_owned()];
     service.post_with(PLANS, &body(&file, json!({})), &AT_ONCE).await.json();
-    let first = store.take_plan(&tiny, Duration::ZERO).await.unwrap().unwrap();
-    let second = store.take_plan(&tiny, Duration::ZERO).await.unwrap().unwrap();
+    let first = store.take_plan(&tiny, false, Duration::ZERO).await.unwrap().unwrap();
+    let second = store.take_plan(&tiny, false, Duration::ZERO).await.unwrap().unwrap();
     assert_eq!((&second.id, second.epoch), (&first.id, first.epoch + 1));
     assert!(!store.renew_plan(&first.id, first.epoch, LEASE).await.unwrap(), "the first has lost it");
     assert!(store.renew_plan(&second.id, second.epoch, Duration::ZERO).await.unwrap());
-    let third = store.take_plan(&tiny, LEASE).await.unwrap().unwrap();
+    let third = store.take_plan(&tiny, false, LEASE).await.unwrap().unwrap();
     let refusal = Invalid::with_code("invalid_training_file", "training_file", "a.txt line 7: not valid JSON");
     assert!(store.answer_plan(&third.id, third.epoch, Err(&refusal)).await.unwrap());
     let plan = service.get(&format!("{PLANS}/{}", third.id)).await.json();
@@ -107,9 +107,9 @@ async fn a_plan_that_is_dropped_goes_to_another_and_not_for_ever() {
 
     let asked = service.post_with(PLANS, &body(&file, json!({})), &AT_ONCE).await.json();
     for _ in 0..3 {
-        assert!(store.take_plan(&tiny, Duration::ZERO).await.unwrap().is_some());
+        assert!(store.take_plan(&tiny, false, Duration::ZERO).await.unwrap().is_some());
     }
-    assert_eq!(store.take_plan(&tiny, Duration::ZERO).await.unwrap(), None, "three holds are enough");
+    assert_eq!(store.take_plan(&tiny, false, Duration::ZERO).await.unwrap(), None, "three holds are enough");
     let plan = service.get(&format!("{PLANS}/{}", asked["id"].as_str().unwrap())).await.json();
     assert_eq!((&plan["status"], &plan["error"]["code"]), (&json!("failed"), &json!("server_error")), "{plan}");
 }

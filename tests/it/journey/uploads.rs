@@ -1,9 +1,17 @@
 //! An upload in parts goes on where it was, whoever is killed between two of them.
 
-use std::fs;
+use std::{
+    fs,
+    io::Cursor,
+    path::Path,
+    process::{Child, Command, Stdio},
+};
 
 use longhaul::{
-    client::http::{Client, SHORT},
+    client::{
+        http::{Client, SHORT},
+        multipart,
+    },
     domain::hex,
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -21,7 +29,9 @@ const PART: usize = 1_300_000;
 fn send(client: &Client, upload: &str, bytes: &[u8]) -> Value {
     let body = Form::part(bytes).bytes();
     let path = format!("/v1/uploads/{upload}/parts");
-    client.post_stream(&path, &form::content_type(), body.len() as u64, &mut &*body).unwrap()
+    let (content_type, length) = (form::content_type(), body.len() as u64);
+    let mut form = multipart::Form { content_type, length, body: Box::new(Cursor::new(body)) };
+    client.post_form(&path, &mut form, None).unwrap()
 }
 
 #[test]
@@ -83,4 +93,55 @@ fn find(folder: &std::path::Path, name: &str) -> std::path::PathBuf {
         }
     }
     panic!("there is no {name}");
+}
+
+/// `longhaul upload` as a process: small parts, so that it takes a while.
+fn uploading(server: &Server, file: &Path) -> Child {
+    Command::new(env!("CARGO_BIN_EXE_longhaul"))
+        .args(["upload", "--json", "--part-bytes", "65536", "--at-once", "3", "--server", &server.address])
+        .arg(file)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap()
+}
+
+#[test]
+fn the_command_sends_parts_and_goes_on_after_it_and_the_server_were_killed() {
+    const BYTES: u32 = 60_000_001;
+    let sandbox = Sandbox::new("upload-command");
+    let mut server = Server::start(&sandbox.join("server"), &["--no-executor"]);
+    let file = sandbox.join("a long book.txt");
+    let content: Vec<u8> = (0..BYTES).map(|i| (i.wrapping_mul(2_654_435_761) >> 11) as u8).collect();
+    fs::write(&file, &content).unwrap();
+    let listed = |server: &Server| server.client.get("/v1/uploads", SHORT, |_| ()).unwrap()["data"].clone();
+    let parts = |server: &Server, upload: &str| {
+        let path = format!("/v1/uploads/{upload}/parts?limit=1000");
+        server.client.get(&path, SHORT, |_| ()).map_or(0, |page| page["data"].as_array().unwrap().len())
+    };
+
+    let mut client = uploading(&server, &file);
+    let upload = until("an upload", || listed(&server)[0]["id"].as_str().map(str::to_owned));
+    until("some parts", || (parts(&server, &upload) >= 5).then_some(()));
+    client.kill().unwrap();
+    client.wait().unwrap();
+    let before = parts(&server, &upload);
+    assert_eq!(listed(&server)[0]["status"], "pending", "the kill came in the middle");
+
+    let client = uploading(&server, &file);
+    until("more parts", || (parts(&server, &upload) >= before + 5).then_some(()));
+    server.process.signal(Signal::KILL);
+    server.process.kill();
+    server = server.again();
+    let ended = client.wait_with_output().unwrap();
+    assert!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+    let told: Value = serde_json::from_slice(&ended.stdout).unwrap();
+    assert_eq!((&told["filename"], &told["bytes"]), (&"a long book.txt".into(), &BYTES.into()));
+    assert_eq!(told["sha256"], hex(&Sha256::digest(&content)));
+    let uploads = listed(&server);
+    assert_eq!(uploads.as_array().unwrap().len(), 1, "both went on with the first: {uploads}");
+    assert_eq!((&uploads[0]["status"], &uploads[0]["file"]["id"]), (&"completed".into(), &told["id"]));
+    let path = format!("/v1/files/{}/content", told["id"].as_str().unwrap());
+    let mut answer = server.client.open(&path, |request| request).unwrap();
+    assert!(answer.body_mut().with_config().limit(u64::MAX).read_to_vec().unwrap() == content);
 }

@@ -34,6 +34,9 @@ impl Process {
             .args(["--lease", "3"])
             .args(if arguments.contains(&"--memory") { [].as_slice() } else { &["--memory", "2000000000"] })
             .env_remove("DATABASE_URL")
+            // No test asks a hub that it has not started, or finds what this host has of one.
+            .envs([("HF_ENDPOINT", "http://127.0.0.1:9".into()), ("HF_HUB_CACHE", folder.join("hub"))])
+            .env_remove("HF_TOKEN")
             .current_dir(folder)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
@@ -81,6 +84,11 @@ impl Server {
     /// Starts `serve` over this data folder and waits until it answers.
     pub fn start(folder: &Path, arguments: &[&str]) -> Self {
         Self::listening(folder, "127.0.0.1:0", arguments)
+    }
+
+    /// One in the place of this one, which is gone: over its folder, at its address, and without an executor.
+    pub fn again(self) -> Self {
+        Self::listening(&self.folder, self.address.trim_start_matches("http://"), &["--no-executor"])
     }
 
     /// The same at an address.

@@ -97,7 +97,8 @@ impl Service {
         let tiny = BaseModel { name: "tiny".into(), config: Some(config(true)), problem: None };
         let broken = BaseModel { name: "broken".into(), config: None, problem: Some("it is of another family".into()) };
         let models = [tiny, broken];
-        let host = NewHost { executor: &executor, hostname: "host", machines, free: &[], models: &models };
+        let host =
+            NewHost { executor: &executor, hostname: "host", machines, free: &[], models: &models, fetches: false };
         self.store.publish_host(&host).await.unwrap();
         executor
     }
