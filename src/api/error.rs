@@ -10,6 +10,7 @@ use axum::{
 use serde::Serialize;
 use utoipa::ToSchema;
 
+use super::access::CHALLENGE;
 use crate::{domain::Invalid, store};
 
 /// Seconds after which a client should ask again when the service cannot answer now.
@@ -68,6 +69,16 @@ impl ApiError {
     /// 400: something about the request as a whole.
     pub fn bad_request(code: &str, message: impl Into<String>) -> Self {
         Self { code: Some(code.to_owned()), ..Self::new(StatusCode::BAD_REQUEST, message) }
+    }
+
+    /// 401: no key, or none that holds.
+    pub fn unauthorized(message: impl Into<String>) -> Self {
+        Self { code: Some("invalid_api_key".to_owned()), ..Self::new(StatusCode::UNAUTHORIZED, message) }
+    }
+
+    /// 403: the key holds, and may not do this.
+    pub fn forbidden(message: impl Into<String>) -> Self {
+        Self { code: Some("insufficient_permissions".to_owned()), ..Self::new(StatusCode::FORBIDDEN, message) }
     }
 
     /// 404: no such thing, or none that the caller may know of.
@@ -150,6 +161,9 @@ impl ApiError {
         let body = ErrorBody { message, kind: self.kind(), param: self.param.clone(), code: self.code.clone() };
         let mut response = (self.status, axum::Json(ErrorEnvelope { error: body })).into_response();
         let headers = response.headers_mut();
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.extend([CHALLENGE]);
+        }
         match self.retry {
             Retry::Unsaid => {}
             Retry::Never => drop(headers.insert("x-should-retry", HeaderValue::from_static("false"))),

@@ -15,7 +15,6 @@ use crate::{
 };
 
 /// Where hosted services name the organization.
-const ORGANIZATION: &str = "org-longhaul";
 
 /// A job to be made.
 #[derive(Debug, ToSchema)]
@@ -180,7 +179,8 @@ pub struct JobObject {
     created_at: i64,
     /// The base model.
     model: String,
-    organization_id: &'static str,
+    /// The project that the job belongs to.
+    organization_id: String,
     training_file: String,
     #[schema(required)]
     validation_file: Option<String>,
@@ -286,7 +286,7 @@ impl From<Job> for JobObject {
             object: "fine_tuning.job",
             created_at: job.created_at,
             model: job.model,
-            organization_id: ORGANIZATION,
+            organization_id: job.project.to_string(),
             training_file: job.training_files.first().map(ToString::to_string).unwrap_or_default(),
             validation_file: job.validation_files.first().map(ToString::to_string),
             status: job.status.as_str(),

@@ -12,7 +12,7 @@ use super::{
     blobs::{self, SpooledBlob},
     weights::ByteStream,
 };
-use crate::domain::{FileId, JobId, hex};
+use crate::domain::{FileId, JobId, ProjectId, hex};
 
 /// A blob that no file holds is an upload that ended early once it is this old. Uploads themselves are cut off sooner.
 pub const ORPHAN_AGE: Duration = Duration::from_hours(24);
@@ -39,6 +39,7 @@ pub struct File {
 /// What an upload says of its file beside the bytes.
 #[derive(Debug, Clone)]
 pub struct NewFile {
+    pub project: ProjectId,
     pub filename: String,
     pub purpose: String,
     /// Life of the file, where it has an end.
@@ -96,12 +97,21 @@ impl Store {
         row.map(File::try_from).transpose()
     }
 
-    /// Files, those of one purpose only if it is given. `None` when `page.after` names no file.
-    pub async fn list_files(&self, page: &Page, purpose: Option<&str>) -> Result<Option<Listed<File>>, Error> {
+    /// Files of a project, those of one purpose only if it is given. `None` when `page.after` names none of them.
+    pub async fn list_files(
+        &self,
+        project: &ProjectId,
+        page: &Page,
+        purpose: Option<&str>,
+    ) -> Result<Option<Listed<File>>, Error> {
         let after = match &page.after {
             None => None,
             Some(id) => {
-                let seq = sqlx::query_scalar!("SELECT seq FROM files WHERE id = $1", id);
+                let seq = sqlx::query_scalar!(
+                    "SELECT seq FROM files WHERE id = $1 AND project_id = $2",
+                    id,
+                    project.as_str()
+                );
                 match seq.fetch_optional(&self.pool).await? {
                     None => return Ok(None),
                     seq => seq,
@@ -111,20 +121,24 @@ impl Store {
         let rows = match page.order {
             Order::NewestFirst => {
                 select_files!(
-                    "WHERE ($1::text IS NULL OR purpose = $1) AND ($2::bigint IS NULL OR seq < $2) ORDER BY seq DESC LIMIT $3",
+                    "WHERE project_id = $4 AND ($1::text IS NULL OR purpose = $1) AND ($2::bigint IS NULL OR seq < $2)
+                     ORDER BY seq DESC LIMIT $3",
                     purpose,
                     after,
                     page.fetch(),
+                    project.as_str(),
                 )
                 .fetch_all(&self.pool)
                 .await?
             }
             Order::OldestFirst => {
                 select_files!(
-                    "WHERE ($1::text IS NULL OR purpose = $1) AND ($2::bigint IS NULL OR seq > $2) ORDER BY seq LIMIT $3",
+                    "WHERE project_id = $4 AND ($1::text IS NULL OR purpose = $1) AND ($2::bigint IS NULL OR seq > $2)
+                     ORDER BY seq LIMIT $3",
                     purpose,
                     after,
                     page.fetch(),
+                    project.as_str(),
                 )
                 .fetch_all(&self.pool)
                 .await?
@@ -263,14 +277,15 @@ pub(super) async fn insert_file(
     let blobs: Vec<String> = pieces.iter().map(|(blob, _)| blob.clone()).collect();
     // Nothing is left to process: contents are read, and complained about, when a job is validated.
     sqlx::query!(
-        "INSERT INTO files (id, filename, purpose, bytes, sha256, status, expires_at)
-         VALUES ($1, $2, $3, $4, $5, 'processed', now() + make_interval(secs => $6))",
+        "INSERT INTO files (id, filename, purpose, bytes, sha256, status, expires_at, project_id)
+         VALUES ($1, $2, $3, $4, $5, 'processed', now() + make_interval(secs => $6), $7)",
         id.as_str(),
         new.filename,
         new.purpose,
         lengths.iter().sum::<i64>(),
         sha256,
         new.expires_after.map(|life| life.as_secs_f64()),
+        new.project.as_str(),
     )
     .execute(&mut *connection)
     .await?;

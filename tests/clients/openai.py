@@ -1,6 +1,6 @@
 """OpenAI's own package through the life of a file, a job and a model; prints what came as one line of JSON.
 
-    OPENAI_BASE_URL=http://host:port/v1 OPENAI_API_KEY=unused HF_ENDPOINT=http://host:port/hf HF_HOME=<empty folder> \
+    OPENAI_BASE_URL=http://host:port/v1 OPENAI_API_KEY=<key> HF_TOKEN=<key> HF_ENDPOINT=http://host:port/hf HF_HOME=<empty folder> \
         python openai.py <base model> <document>
 """
 

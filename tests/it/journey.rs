@@ -3,6 +3,7 @@
 mod clients;
 mod hosts;
 mod hub;
+mod keys;
 mod plans;
 mod ranks;
 mod uploads;

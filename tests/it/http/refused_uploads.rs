@@ -79,7 +79,7 @@ async fn a_body_that_is_no_form_is_refused() {
 
 #[tokio::test]
 async fn a_file_over_the_limit_is_refused_while_it_comes() {
-    let service = Service::with("large", Settings { max_upload_bytes: 3 << 20 }).await;
+    let service = Service::with("large", Settings { max_upload_bytes: 3 << 20, ..Settings::default() }).await;
     let fits = vec![b'a'; 3 << 20];
     let id = service.upload("a.txt", &fits).await;
     service.delete(&format!("/v1/files/{id}")).await.json();

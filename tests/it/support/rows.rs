@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use longhaul::{
     domain::{
-        CheckpointId, ExecutorId, FileId, JobId, TrainingSpec, hex,
+        CheckpointId, ExecutorId, FileId, JobId, ProjectId, TrainingSpec, hex,
         machine::DeviceKind,
         progress::{StepMetrics, WrittenCheckpoint, WrittenFile},
     },
@@ -31,13 +31,19 @@ pub const VALIDATED: Settlement = Settlement::Validated { sequence_length: Some(
 pub async fn file(store: &Store, content: &'static [u8]) -> FileId {
     let mut blob = store.begin_blob().await.unwrap();
     blob.write(content.into()).await.unwrap();
-    let new = NewFile { filename: "a.txt".into(), purpose: "fine-tune".into(), expires_after: None };
+    let new = NewFile {
+        project: ProjectId::default_project(),
+        filename: "a.txt".into(),
+        purpose: "fine-tune".into(),
+        expires_after: None,
+    };
     store.create_file(blob.finish().await.unwrap(), &new).await.unwrap().id
 }
 
 /// A job of the model `tiny`, with its files to be validated.
 pub async fn job(store: &Store) -> JobId {
     let new = NewJob {
+        project: ProjectId::default_project(),
         model: "tiny".into(),
         training_files: vec![file(store, b"text").await],
         validation_files: Vec::new(),
