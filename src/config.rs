@@ -59,7 +59,7 @@ pub enum Role {
     Jobs(Remote<jobs::Args>),
     /// Make, list and revoke keys of a server; it asks for one as soon as there is one
     Keys(Stored<keys::Args>),
-    /// Make and list projects, to which files, jobs and keys belong
+    /// Make, limit and list projects, to which files, jobs and keys belong
     Projects(Stored<projects::Args>),
     /// Follow a job to its end
     Watch(Remote<watch::Args>),

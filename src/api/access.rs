@@ -4,7 +4,7 @@
 //! asks for none, unless it was told to: whoever reaches it acts for the default project. Whose a thing is, is asked
 //! where its id is read ([`super::extract::Id`]).
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::{
     body::Body,
@@ -15,7 +15,7 @@ use axum::{
 };
 use futures_util::StreamExt;
 
-use super::{Api, ApiError, hub};
+use super::{Api, ApiError, hub, pace::Standing};
 use crate::{
     domain::{KeyId, ProjectId, Scope, access::Secret},
     store::keys::Known,
@@ -39,6 +39,8 @@ pub struct Caller {
     pub scope: Scope,
     /// The key; none where none is asked for.
     pub key: Option<KeyId>,
+    /// How often the key may be used, where that is limited.
+    requests_per_minute: Option<u32>,
 }
 
 impl<S: Send + Sync> FromRequestParts<S> for Caller {
@@ -56,8 +58,12 @@ pub async fn authorize(State(api): State<Api>, mut request: Request, next: Next)
     if OPEN.contains(&route.as_str()) {
         return next.run(request).await;
     }
-    let allowed = caller(&api, request.headers()).await.and_then(|caller| permitted(caller, request.method(), &route));
-    match allowed {
+    let known = caller(&api, request.headers()).await;
+    let standing = known.as_ref().ok().and_then(|caller| standing(&api, caller));
+    let allowed = known
+        .and_then(|caller| in_time(standing).map(|()| caller))
+        .and_then(|caller| permitted(caller, request.method(), &route));
+    let mut response = match allowed {
         Ok(caller) => {
             request.extensions_mut().insert(caller);
             next.run(request).await
@@ -68,6 +74,26 @@ pub async fn authorize(State(api): State<Api>, mut request: Request, next: Next)
             drain(request.into_body()).await;
             if hub { hub::refused(refusal, key_given) } else { refusal.into_response() }
         }
+    };
+    if let Some(standing) = standing {
+        standing.tell(response.headers_mut());
+    }
+    response
+}
+
+/// Counts the request of a key that may make only so many.
+fn standing(api: &Api, caller: &Caller) -> Option<Standing> {
+    let (key, limit) = (caller.key.as_ref()?, caller.requests_per_minute?);
+    Some(api.pace.take(key, limit, Instant::now()))
+}
+
+fn in_time(standing: Option<Standing>) -> Result<(), ApiError> {
+    match standing {
+        Some(standing) if !standing.allowed => {
+            let message = "this key has made all requests that it may make in a minute: ask again a little later";
+            Err(ApiError::too_many(message, Some(standing.wait())))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -78,14 +104,20 @@ async fn caller(api: &Api, headers: &HeaderMap) -> Result<Caller, ApiError> {
     };
     match known {
         Known::Valid(grant) => {
-            return Ok(Caller { project: grant.project, scope: grant.scope, key: Some(grant.key) });
+            return Ok(Caller {
+                project: grant.project,
+                scope: grant.scope,
+                key: Some(grant.key),
+                requests_per_minute: grant.requests_per_minute,
+            });
         }
         Known::Revoked => return Err(ApiError::unauthorized("this key was revoked: use another one")),
         Known::Expired => return Err(ApiError::unauthorized("this key has expired: use another one")),
         Known::No => {}
     }
     if !api.settings.require_keys && !api.store.has_keys().await? {
-        return Ok(Caller { project: ProjectId::default_project(), scope: Scope::Admin, key: None });
+        let project = ProjectId::default_project();
+        return Ok(Caller { project, scope: Scope::Admin, key: None, requests_per_minute: None });
     }
     Err(ApiError::unauthorized(if headers.contains_key(header::AUTHORIZATION) {
         "the key is none of this server: give one that `longhaul keys create` printed, as `Authorization: Bearer lhk_...`"

@@ -15,9 +15,14 @@ const SCHEME: &str = "key";
 const HOW: &str =
     "A key, as `longhaul keys create` prints it. Asked for as soon as one was made; before that, nobody needs one.";
 /// Refusals that a route need not tell of itself.
-const REFUSALS: [(&str, &str); 2] = [
+const REFUSALS: [(&str, &str); 3] = [
     ("401", "no key, or one that does not hold (code `invalid_api_key`)"),
     ("403", "the key holds but may not do this (code `insufficient_permissions`)"),
+    (
+        "429",
+        "a limit of the key (`rate_limit_exceeded`) or of the project (`insufficient_quota`, `rate_limit_exceeded`); \
+         `retry-after` says when it will do, `x-should-retry: false` that asking again soon will not",
+    ),
 ];
 
 /// Head of the contract; paths and shapes come from the table.

@@ -160,6 +160,10 @@ pub struct CreateTraining {
     /// `cpu` or `cuda`; absent takes a GPU where the host has one. Refused where no host has such a device.
     #[schema(required = false)]
     device: Option<String>,
+    /// Which of the project's jobs trains earlier: higher is earlier, default 0, and every hour of waiting adds one. Between
+    /// projects the one that trains on the fewest devices is next.
+    #[schema(required = false, minimum = 0, maximum = 100)]
+    priority: Option<u32>,
     /// Ids of further training files, after `training_file`.
     #[schema(required = false, max_items = 1000)]
     additional_training_files: Option<Vec<String>>,
@@ -279,6 +283,7 @@ impl From<Job> for JobObject {
         let hyperparameters = hyperparameters(&job.training);
         let texts = |ids: &[crate::domain::FileId]| ids.iter().map(ToString::to_string).collect::<Vec<_>>();
         let mut training = json!(job.training);
+        training["priority"] = json!(job.priority);
         training["additional_training_files"] = json!(texts(job.training_files.get(1..).unwrap_or_default()));
         training["additional_validation_files"] = json!(texts(job.validation_files.get(1..).unwrap_or_default()));
         Self {

@@ -57,6 +57,7 @@ pub async fn create_job(
     let ids = |files: &[FileRef]| files.iter().map(|file| file.id.clone()).collect();
     let new = NewJob {
         project: caller.project,
+        priority: asked.priority,
         model: asked.model,
         training_files: ids(&asked.training_files),
         validation_files: ids(&asked.validation_files),

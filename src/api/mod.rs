@@ -32,6 +32,7 @@ pub mod job_object;
 pub mod jobs;
 pub mod layers;
 pub mod models;
+pub mod pace;
 pub mod permissions;
 pub mod plans;
 pub mod tar;
@@ -40,6 +41,7 @@ pub mod uploads;
 pub mod webhooks;
 
 pub use error::{ApiError, ErrorEnvelope};
+use pace::Pace;
 
 /// Largest JSON body.
 pub const MAX_JSON_BODY: usize = 1 << 20;
@@ -71,6 +73,7 @@ pub struct Api {
     store: Store,
     settings: Arc<Settings>,
     stop: CancellationToken,
+    pace: Pace,
 }
 
 /// Serves until `stop` is cancelled, then lets requests under way finish, but no longer than half a minute.
@@ -101,7 +104,7 @@ pub async fn serve(
 /// The service, ready to be called.
 pub fn router(store: Store, settings: Settings, stop: CancellationToken) -> Router {
     let (router, _) = table().split_for_parts();
-    let api = Api { store, settings: Arc::new(settings), stop };
+    let api = Api { store, settings: Arc::new(settings), stop, pace: Pace::default() };
     router
         .fallback(layers::no_route)
         .method_not_allowed_fallback(layers::no_method)

@@ -47,6 +47,9 @@ pub enum Command {
         /// Days after which it holds no longer; by default it holds until it is revoked
         #[arg(long, value_parser = clap::value_parser!(u64).range(1..=36_500), value_name = "DAYS")]
         expires_in_days: Option<u64>,
+        /// Requests that it may make in a minute; by default as many as it likes
+        #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000), value_name = "N")]
+        requests_per_minute: Option<u32>,
     },
     /// List keys as lines of JSON, the oldest first
     List,
@@ -77,11 +80,13 @@ pub enum Error {
 /// Does it, and prints what came.
 pub fn run(args: &Stored<Args>, path: OsString, out: &mut impl Write) -> Result<(), Error> {
     with_store(&args.database, &args.data, path, async |store| match &args.args.command {
-        Command::Create { name, project, scope, expires_in_days } => {
+        Command::Create { name, project, scope, expires_in_days, requests_per_minute } => {
             let found = store.project(project).await?.ok_or_else(|| Error::NoProject(project.clone()))?;
             let life = expires_in_days.map(|days| Duration::from_secs(days * DAY));
             let secret = Secret::random();
-            store.create_key(&secret, &NewKey { project: &found.id, name, scope: *scope, life }).await?;
+            let requests_per_minute = *requests_per_minute;
+            let new = NewKey { project: &found.id, name, scope: *scope, life, requests_per_minute };
+            store.create_key(&secret, &new).await?;
             Ok(writeln!(out, "{}", secret.reveal())?)
         }
         Command::List => {
@@ -108,7 +113,7 @@ fn line(key: &Key) -> serde_json::Value {
     json!({
         "id": key.id, "project": key.project, "name": key.name, "scope": key.scope.as_str(), "ends_in": key.hint,
         "created_at": key.created_at, "expires_at": key.expires_at, "revoked_at": key.revoked_at,
-        "last_used_at": key.last_used_at,
+        "last_used_at": key.last_used_at, "requests_per_minute": key.requests_per_minute,
     })
 }
 

@@ -10,6 +10,7 @@ use tokio::{fs, io::AsyncWriteExt};
 use super::{
     Error, Listed, Order, Page, Store,
     blobs::{self, SpooledBlob},
+    quotas,
     weights::ByteStream,
 };
 use crate::domain::{FileId, JobId, ProjectId, hex};
@@ -84,6 +85,11 @@ impl Store {
     /// Makes a file of a finished blob, in one transaction that also proves that every byte of the blob is there.
     pub async fn create_file(&self, blob: SpooledBlob, new: &NewFile) -> Result<File, Error> {
         let mut transaction = self.pool.begin().await?;
+        if let Err(error) = quotas::check_bytes(&mut transaction, &new.project, blob.bytes).await {
+            drop(transaction);
+            self.discard(blob).await?;
+            return Err(error);
+        }
         blobs::seal(&mut transaction, &blob).await?;
         let pieces = [(blob.id, blob.bytes)];
         let file = insert_file(&mut transaction, &pieces, &blob.sha256, new).await?;

@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::Value;
 use sqlx::{PgConnection, types::Json};
 
-use super::{Error, Listed, Page, Store};
+use super::{Error, Listed, Page, Store, quotas};
 use crate::domain::{Event, EventId, FileId, JobId, JobStatus, ProjectId, TrainingSpec};
 
 /// A create that a client sends again is taken for a replay while the first one is this young: two time-outs of 10
@@ -19,6 +19,8 @@ const REPLAY_WINDOW: Duration = Duration::from_mins(15);
 pub struct Job {
     pub id: JobId,
     pub project: ProjectId,
+    /// Higher is earlier, among the project's jobs.
+    pub priority: i32,
     pub status: JobStatus,
     /// Name of the base model, as asked.
     pub model: String,
@@ -52,6 +54,8 @@ pub struct Job {
 pub struct NewJob {
     pub project: ProjectId,
     pub model: String,
+    /// Higher is earlier, among the project's jobs.
+    pub priority: i32,
     /// All files in the order of training; at least one.
     pub training_files: Vec<FileId>,
     pub validation_files: Vec<FileId>,
@@ -100,6 +104,7 @@ pub enum MetadataFilter {
 struct Row {
     id: String,
     project_id: String,
+    priority: i32,
     status: String,
     model: String,
     training_files: Vec<String>,
@@ -126,7 +131,7 @@ macro_rules! select_jobs {
     ($rest:literal $(, $argument:expr)* $(,)?) => {
         sqlx::query_as!(
             Row,
-            r#"SELECT id, project_id, status::text AS "status!", model, training_files, validation_files, request,
+            r#"SELECT id, project_id, priority, status::text AS "status!", model, training_files, validation_files, request,
                 training AS "training: Json<TrainingSpec>", suffix, seed, metadata, wanted, fine_tuned_model,
                 result_file, trained_tokens, error, progress,
                 extract(epoch FROM created_at)::bigint AS "created_at!",
@@ -151,6 +156,7 @@ impl Store {
         if let Some(id) = lock_files(&mut transaction, new).await? {
             return Ok(Created::NoSuchFile(id));
         }
+        quotas::check_job(&mut transaction, &new.project).await?;
         let id = JobId::random();
         insert(&mut transaction, &id, new).await?;
         for note in &new.notes {
@@ -273,8 +279,8 @@ async fn insert(connection: &mut PgConnection, id: &JobId, new: &NewJob) -> Resu
     let texts = |ids: &[FileId]| ids.iter().map(ToString::to_string).collect::<Vec<_>>();
     sqlx::query!(
         "INSERT INTO jobs (id, model, training_file, validation_file, training_files, validation_files, request,
-            training, suffix, seed, metadata, request_sha256, idempotency_key, project_id)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14)",
+            training, suffix, seed, metadata, request_sha256, idempotency_key, project_id, priority)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
         id.as_str(),
         new.model,
         new.training_files.first().map(FileId::as_str),
@@ -289,6 +295,7 @@ async fn insert(connection: &mut PgConnection, id: &JobId, new: &NewJob) -> Resu
         new.attempt.body_sha256,
         new.attempt.idempotency_key,
         new.project.as_str(),
+        new.priority,
     )
     .execute(connection)
     .await?;
@@ -332,6 +339,7 @@ impl TryFrom<Row> for Job {
         Ok(Self {
             id: super::stored_id(&row.id)?,
             project: super::stored_id(&row.project_id)?,
+            priority: row.priority,
             status: stored_status(&row.status)?,
             model: row.model,
             training_files: files(row.training_files)?,

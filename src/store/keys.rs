@@ -18,6 +18,7 @@ pub struct Key {
     pub expires_at: Option<i64>,
     pub revoked_at: Option<i64>,
     pub last_used_at: Option<i64>,
+    pub requests_per_minute: Option<u32>,
 }
 
 /// A key to be made.
@@ -28,6 +29,8 @@ pub struct NewKey<'a> {
     pub scope: Scope,
     /// How long it is to live, where not for ever.
     pub life: Option<Duration>,
+    /// How often it may be used, where that is limited.
+    pub requests_per_minute: Option<u32>,
 }
 
 /// What a request's key is.
@@ -47,6 +50,7 @@ pub struct Grant {
     pub key: KeyId,
     pub project: ProjectId,
     pub scope: Scope,
+    pub requests_per_minute: Option<u32>,
 }
 
 struct Row {
@@ -59,6 +63,7 @@ struct Row {
     expires_at: Option<i64>,
     revoked_at: Option<i64>,
     last_used_at: Option<i64>,
+    requests_per_minute: Option<i32>,
 }
 
 /// `SELECT` of [`Row`]s with what follows `FROM api_keys`.
@@ -68,7 +73,7 @@ macro_rules! select_keys {
             Row,
             r#"SELECT id, project_id, name, scope, hint, extract(epoch FROM created_at)::bigint AS "created_at!",
                 extract(epoch FROM expires_at)::bigint AS expires_at, extract(epoch FROM revoked_at)::bigint AS revoked_at,
-                extract(epoch FROM last_used_at)::bigint AS last_used_at FROM api_keys "# + $rest
+                extract(epoch FROM last_used_at)::bigint AS last_used_at, requests_per_minute FROM api_keys "# + $rest
             $(, $argument)*
         )
     };
@@ -79,8 +84,8 @@ impl Store {
     pub async fn create_key(&self, secret: &Secret, new: &NewKey<'_>) -> Result<Key, Error> {
         let id = KeyId::random();
         sqlx::query!(
-            "INSERT INTO api_keys (id, project_id, name, sha256, hint, scope, expires_at)
-             VALUES ($1, $2, $3, $4, $5, $6, now() + make_interval(secs => $7))",
+            "INSERT INTO api_keys (id, project_id, name, sha256, hint, scope, expires_at, requests_per_minute)
+             VALUES ($1, $2, $3, $4, $5, $6, now() + make_interval(secs => $7), $8)",
             id.as_str(),
             new.project.as_str(),
             new.name,
@@ -88,6 +93,7 @@ impl Store {
             secret.hint(),
             new.scope.as_str(),
             new.life.map(|life| life.as_secs_f64()),
+            new.requests_per_minute.map(|limit| limit as i32),
         )
         .execute(&self.pool)
         .await?;
@@ -115,7 +121,7 @@ impl Store {
     /// Looks a key up. That one which holds was used is noted, once a minute at most.
     pub async fn known_key(&self, secret: &Secret) -> Result<Known, Error> {
         let row = sqlx::query!(
-            r#"SELECT id, project_id, scope, revoked_at IS NOT NULL AS "revoked!",
+            r#"SELECT id, project_id, scope, requests_per_minute, revoked_at IS NOT NULL AS "revoked!",
                 coalesce(expires_at <= now(), false) AS "expired!",
                 coalesce(last_used_at < now() - interval '1 minute', true) AS "unnoted!"
                FROM api_keys WHERE sha256 = $1"#,
@@ -144,6 +150,7 @@ impl Store {
             key: super::stored_id(&row.id)?,
             project: super::stored_id(&row.project_id)?,
             scope: stored_scope(&row.scope)?,
+            requests_per_minute: row.requests_per_minute.map(|limit| limit as u32),
         }))
     }
 }
@@ -166,6 +173,7 @@ impl TryFrom<Row> for Key {
             expires_at: row.expires_at,
             revoked_at: row.revoked_at,
             last_used_at: row.last_used_at,
+            requests_per_minute: row.requests_per_minute.map(|limit| limit as u32),
         })
     }
 }

@@ -12,6 +12,7 @@ use super::{
     Error, Listed, Order, Page, Store,
     blobs::{self, SpooledBlob},
     files::NewFile,
+    quotas,
 };
 use crate::domain::{FileId, PartId, ProjectId, UploadId};
 
@@ -164,9 +165,11 @@ macro_rules! select_parts {
 }
 
 impl Store {
-    /// Begins an upload.
+    /// Begins an upload, for which there must be room.
     pub async fn create_upload(&self, new: &NewUpload) -> Result<Upload, Error> {
         let id = UploadId::random();
+        let mut transaction = self.pool.begin().await?;
+        quotas::check_bytes(&mut transaction, &new.file.project, new.bytes).await?;
         sqlx::query!(
             "INSERT INTO uploads (id, filename, purpose, mime_type, bytes, file_life, expires_at, project_id)
              VALUES ($1, $2, $3, $4, $5, $6, now() + make_interval(secs => $7), $8)",
@@ -179,8 +182,9 @@ impl Store {
             UPLOAD_LIFE.as_secs_f64(),
             new.file.project.as_str(),
         )
-        .execute(&self.pool)
+        .execute(&mut *transaction)
         .await?;
+        transaction.commit().await?;
         select_uploads!("WHERE id = $1", id.as_str()).fetch_one(&self.pool).await?.try_into()
     }
 

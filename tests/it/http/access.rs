@@ -72,6 +72,9 @@ fn filled(path: &str, values: &BTreeMap<&'static str, String>) -> String {
         None => segment.to_owned(),
         Some(name) => {
             let name = name.trim_start_matches('*');
+            if (name, path.contains("/tree/")) == ("path", true) {
+                return "folder".to_owned();
+            }
             values.get(name).unwrap_or_else(|| panic!("{path}: what is a {name}? Give the test one")).clone()
         }
     };
@@ -159,7 +162,9 @@ async fn every_route_lets_in_whom_it_should_and_nobody_else() {
         let answer = ask(&others).await;
         if route.contains('{') {
             let ghost = service.ask_as(&others, method.clone(), &filled(&route, &ghosts)).await;
-            assert_eq!(answer.status, 404, "{what}: {}", String::from_utf8_lossy(&answer.bytes));
+            // A body that cannot be read may be refused before anything is looked for.
+            let unread = method == Method::POST && answer.status == 400;
+            assert!(answer.status == 404 || unread, "{what}: {}", String::from_utf8_lossy(&answer.bytes));
             assert_eq!(without(&answer, &own), without(&ghost, &ghosts), "{what}");
             assert_eq!(answer.header("x-error-code"), ghost.header("x-error-code"), "{what}");
         } else if looks {

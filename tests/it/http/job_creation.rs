@@ -25,7 +25,7 @@ async fn a_job_echoes_what_was_asked_with_every_default_filled_in() {
         "method": {"type": "supervised", "supervised": {"hyperparameters":
             {"n_epochs": 3, "batch_size": 2, "learning_rate_multiplier": 0.5}}},
         "training": {"sequence_length": 256, "long_documents": "split", "schedule": "linear", "warmup_steps": 4,
-            "additional_training_files": [second], "evaluation_interval": 5},
+            "additional_training_files": [second], "evaluation_interval": 5, "priority": 7},
     });
     let job = service.post(JOBS, &asked).await.json();
     let numbers = json!({"n_epochs": 3, "batch_size": 2, "learning_rate_multiplier": 0.5});
@@ -67,6 +67,7 @@ async fn a_job_echoes_what_was_asked_with_every_default_filled_in() {
         ("packing", json!(true)),
         ("seed", json!(42)),
         ("additional_training_files", json!([second])),
+        ("priority", json!(7)),
         ("additional_validation_files", json!([])),
     ] {
         assert_eq!(training[field], expected, "training.{field}");

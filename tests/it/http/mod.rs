@@ -14,6 +14,7 @@ mod models;
 mod permissions;
 mod plans;
 mod projects;
+mod quotas;
 mod refused_uploads;
 mod results;
 mod uploads;

@@ -45,6 +45,7 @@ pub async fn job(store: &Store) -> JobId {
     let new = NewJob {
         project: ProjectId::default_project(),
         model: "tiny".into(),
+        priority: 0,
         training_files: vec![file(store, b"text").await],
         validation_files: Vec::new(),
         request: json!({}),
@@ -67,14 +68,21 @@ pub async fn claim(store: &Store, work: Work, lease: Duration) -> Option<Claim> 
 
 pub async fn claim_as(store: &Store, executor: &ExecutorId, work: Work, lease: Duration) -> Option<Claim> {
     let (models, devices) = (["tiny".to_owned()], ["cpu".to_owned(), ANY_DEVICE.to_owned()]);
-    let by = Claimant { executor, lease, models: &models, devices: &devices, only: None };
+    let by = Claimant { executor, lease, models: &models, devices: &devices, takes: 1, only: None };
     store.claim_job(work, &by).await.unwrap()
 }
 
 /// Jobs that a host with the model `tiny` and a CPU may choose from.
 pub async fn offered(store: &Store) -> Vec<JobId> {
     let (models, devices) = (["tiny".to_owned()], ["cpu".to_owned(), ANY_DEVICE.to_owned()]);
-    let by = Claimant { executor: &ExecutorId::random(), lease: LONG, models: &models, devices: &devices, only: None };
+    let by = Claimant {
+        executor: &ExecutorId::random(),
+        lease: LONG,
+        models: &models,
+        devices: &devices,
+        takes: 1,
+        only: None,
+    };
     let queued = store.queued_jobs(&by).await.unwrap();
     queued.into_iter().map(|queued| queued.job).collect()
 }

@@ -81,7 +81,8 @@ impl Server {
     /// Starts `serve` over this data folder and waits until it answers.
     pub fn start(folder: &Path, arguments: &[&str]) -> Self {
         let before = fs::read_to_string(folder.join("log")).unwrap_or_default().matches("serving on ").count();
-        let process = Process::start(folder, &[&["serve", "--listen", "127.0.0.1:0"], arguments].concat());
+        let listen: &[&str] = if arguments.contains(&"--listen") { &[] } else { &["--listen", "127.0.0.1:0"] };
+        let process = Process::start(folder, &[&["serve"], listen, arguments].concat());
         let address = until("the server's address", || {
             let log = process.log();
             let line = log.lines().filter(|line| line.contains("serving on ")).nth(before)?;

@@ -58,7 +58,10 @@ impl Service {
     /// A key that lives so long.
     pub async fn key_for(&self, project: &ProjectId, scope: Scope, life: Option<Duration>) -> String {
         let secret = Secret::random();
-        self.store.create_key(&secret, &NewKey { project, name: "test", scope, life }).await.unwrap();
+        self.store
+            .create_key(&secret, &NewKey { project, name: "test", scope, life, requests_per_minute: None })
+            .await
+            .unwrap();
         secret.reveal().to_owned()
     }
 
