@@ -73,9 +73,8 @@ fn fastest_of(request: &Request) -> Option<Plan> {
 fn longest_of(request: &Request, ranks: Ranks, known: u64) -> u64 {
     let possible = |steps: u64| {
         let request = arranged(&Request { tokens: steps * LENGTH_STEP, ..request.clone() }, ranks);
-        choices::bare(&request)
-            .into_iter()
-            .any(|bare| placed(&request, &bare).iter().any(|choice| Needs::of(&request, choice).fit(&request)))
+        // With the extras: state that comes back to the device may be what makes the host's part fit.
+        candidates(&request).iter().any(|choice| Needs::of(&request, choice).fit(&request))
     };
     let (mut low, mut high) = (known / LENGTH_STEP, MAX_SEQUENCE_LENGTH / LENGTH_STEP);
     if low > 0 && !possible(low + 1) {
@@ -102,7 +101,7 @@ struct Needs {
 impl Needs {
     fn of(request: &Request, choice: &Choice) -> Self {
         let layout = lay_out(request.model, request.widths(), request.tokens, choice);
-        let process = workspace::process(request.machine.device, choice.ranks);
+        let process = workspace::process(request.machine.device, choice.ranks, request.tokens);
         // Each rank has a GPU of its own; a host's memory and disk are those of all ranks on it.
         let here = request.machine.ranks_on_host(choice.ranks.world());
         let on_device = match request.machine.device {
@@ -239,7 +238,7 @@ fn with_extras(request: &Request, mut choice: Choice) -> Choice {
 
 fn planned(request: &Request, choice: Choice, step_seconds: f64) -> Plan {
     let needs = Needs::of(request, &choice);
-    let process = workspace::process(request.machine.device, choice.ranks);
+    let process = workspace::process(request.machine.device, choice.ranks, request.tokens);
     let (model, machine, widths, n) = (request.model, request.machine, request.widths(), request.sequences());
     let layout = lay_out(model, widths, request.tokens, &choice);
     // Only one update, whatever the number of sequences.

@@ -12,6 +12,9 @@ const CUDA_MODULES_BYTES: u64 = 256 << 20;
 
 /// Measured: resident bytes of a process that has the driver, cuBLASLt and cuDNN loaded, and 16 MiB for a step's inputs.
 const CUDA_HOST_BYTES: u64 = (544 + 16) << 20;
+/// Measured: what a process that drives a GPU holds of each token of a sequence: ids, labels and positions, as they are read and
+/// as they are handed on.
+const CUDA_HOST_TOKEN_BYTES: u64 = 64;
 /// Measured: attention plans of packed documents, of which there are more the more kinds of documents there are, take about a
 /// megabyte each.
 const CUDA_HOST_SPARE_BYTES: u64 = 512 << 20;
@@ -48,7 +51,7 @@ const NCCL_SPARE_BYTES: u64 = 768 << 20;
 
 /// CPU: GEMM packing buffers and thread stacks. CUDA: the scratch of our own kernels and products (32 MiB), and what the
 /// driver takes to load the libraries' kernels; on the host, the libraries themselves.
-pub fn process(device: DeviceKind, ranks: Ranks) -> Process {
+pub fn process(device: DeviceKind, ranks: Ranks, tokens: u64) -> Process {
     let alone = ranks.world() == 1;
     let [nccl, spare, nccl_host] = if alone { [0; 3] } else { [NCCL_DEVICE_BYTES, NCCL_SPARE_BYTES, NCCL_HOST_BYTES] };
     match device {
@@ -56,7 +59,7 @@ pub fn process(device: DeviceKind, ranks: Ranks) -> Process {
         DeviceKind::Cuda => Process {
             device: (32 << 20) + CUDA_MODULES_BYTES + nccl,
             spare,
-            host: CUDA_HOST_BYTES + nccl_host,
+            host: CUDA_HOST_BYTES + CUDA_HOST_TOKEN_BYTES * tokens + nccl_host,
             host_spare: CUDA_HOST_SPARE_BYTES,
         },
     }

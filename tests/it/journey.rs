@@ -6,6 +6,7 @@ mod hub;
 mod keys;
 mod plans;
 mod ranks;
+mod soak;
 mod uploads;
 
 use std::{fs, path::Path};

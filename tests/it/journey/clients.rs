@@ -67,6 +67,29 @@ fn the_python_package_of_openai() {
     assert_eq!((&webhook["type"], &webhook["data"]["id"]), (&"fine_tuning.job.succeeded".into(), &job.into()));
 }
 
+/// What the README shows to people who switch, with this server's address.
+#[test]
+fn the_lines_of_the_readme() {
+    let Some(python) = reference_python() else { return };
+    let sandbox = Sandbox::new("readme");
+    let server = Server::start(&sandbox.join("server"), &[]);
+    prepare(&server);
+    std::fs::rename(server.folder.join("document.txt"), server.folder.join("a-long-book.txt")).unwrap();
+    let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
+    let shown = readme.lines().skip_while(|line| *line != "    from openai import OpenAI");
+    let lines: Vec<&str> = shown.map_while(|line| line.strip_prefix("    ")).collect();
+    assert_eq!(lines.len(), 5);
+    let script = lines.join("\n").replace("http://127.0.0.1:8080", &server.address);
+    let output = Command::new(python).args(["-c", &script]).current_dir(&server.folder).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let told = String::from_utf8(output.stdout).unwrap();
+    let (job, event) = told.trim().split_once(' ').unwrap();
+    assert!(server.story(job).iter().any(|message| message == event), "{told}");
+    let ended = server.ends(job);
+    assert_eq!(ended["status"], "succeeded", "{ended}");
+    assert!(ended["fine_tuned_model"].as_str().unwrap().contains(":book:"), "{ended}");
+}
+
 #[test]
 fn the_node_package_of_openai() {
     let Some(modules) = reference_node() else { return };

@@ -54,7 +54,7 @@ fn keys_are_made_listed_and_revoked_whether_the_server_runs_or_not() {
 
     // With a key a server may listen beyond its host; without one it says what to do.
     drop(server);
-    let open = Server::start(&folder, &["--listen", "0.0.0.0:0"]);
+    let open = Server::listening(&folder, "0.0.0.0:0", &[]);
     drop(open);
     let fresh = command(&sandbox.join("fresh"), &["serve", "--listen", "0.0.0.0:0", "--no-executor"]).unwrap_err();
     assert!(fresh.contains("longhaul keys create"), "{fresh}");

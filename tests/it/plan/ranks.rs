@@ -211,7 +211,7 @@ fn ranks_of_a_cpu_are_as_many_as_wished_and_share_it() {
     assert_eq!((one.choice.ranks, three.choice.ranks), (Ranks::ONE, ranks(3, 1)));
     assert!(three.tokens == 4098 && three.choice.chunk_tokens.is_multiple_of(3));
     // One process holds all three arenas; its cores are no more than before.
-    let process = plan::workspace::process(three.device, three.choice.ranks).device;
+    let process = plan::workspace::process(three.device, three.choice.ranks, three.tokens).device;
     assert_eq!(three.predicted_peak_bytes, 3 * (three.layout.bytes + process));
     assert!(three.predicted_peak_bytes <= machine.device_bytes);
     assert!(three.step_seconds > one.step_seconds);

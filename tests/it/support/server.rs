@@ -80,9 +80,13 @@ pub struct Server {
 impl Server {
     /// Starts `serve` over this data folder and waits until it answers.
     pub fn start(folder: &Path, arguments: &[&str]) -> Self {
+        Self::listening(folder, "127.0.0.1:0", arguments)
+    }
+
+    /// The same at an address.
+    pub fn listening(folder: &Path, address: &str, arguments: &[&str]) -> Self {
         let before = fs::read_to_string(folder.join("log")).unwrap_or_default().matches("serving on ").count();
-        let listen: &[&str] = if arguments.contains(&"--listen") { &[] } else { &["--listen", "127.0.0.1:0"] };
-        let process = Process::start(folder, &[&["serve"], listen, arguments].concat());
+        let process = Process::start(folder, &[&["serve", "--listen", address], arguments].concat());
         let address = until("the server's address", || {
             let log = process.log();
             let line = log.lines().filter(|line| line.contains("serving on ")).nth(before)?;
