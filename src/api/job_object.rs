@@ -14,8 +14,6 @@ use crate::{
     store::{Listed, jobs::Job},
 };
 
-/// Where hosted services name the organization.
-
 /// A job to be made.
 #[derive(Debug, ToSchema)]
 #[expect(dead_code, reason = "describes the body in the contract; domain::JobRequest reads it")]

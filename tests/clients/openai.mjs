@@ -15,7 +15,7 @@ globalThis.File ??= File;
 globalThis.crypto ??= webcrypto;
 
 // The package sends an admin key, and only that, to the permissions.
-const client = new OpenAI({ adminAPIKey: "unused" });
+const client = new OpenAI({ adminAPIKey: process.env.OPENAI_API_KEY });
 const jobs = client.fineTuning.jobs;
 const [baseModel, document] = process.argv.slice(2);
 const content = readFileSync(document);
