@@ -12,7 +12,7 @@ use clap::{Parser, Subcommand};
 
 use crate::{
     bench,
-    cli::{model, plan},
+    cli::{keys, model, plan, projects},
     client::{self, download, jobs, upload, watch},
     telemetry,
 };
@@ -57,6 +57,10 @@ pub enum Role {
     Upload(Remote<upload::Args>),
     /// Make, list, show, cancel, pause and resume fine-tuning jobs
     Jobs(Remote<jobs::Args>),
+    /// Make, list and revoke keys of a server; it asks for one as soon as there is one
+    Keys(Stored<keys::Args>),
+    /// Make, limit and list projects, to which files, jobs and keys belong
+    Projects(Stored<projects::Args>),
     /// Follow a job to its end
     Watch(Remote<watch::Args>),
     /// Fetch the files of a checkpoint, checked and resumable
@@ -68,22 +72,18 @@ pub enum Role {
 pub struct Serve {
     #[command(flatten)]
     pub places: Places,
-    /// Postgres to use (postgres://...); without it, a private one in the data folder
-    #[arg(long, env = "DATABASE_URL", hide_env_values = true, value_name = "URL")]
-    pub database_url: Option<String>,
-    /// Folder of Postgres' programs for the private one; found by itself where it is in the usual places
-    #[arg(long, env = "LONGHAUL_POSTGRES_BIN", value_name = "DIR")]
-    pub postgres_bin: Option<PathBuf>,
-    /// User that runs the private Postgres when this process is root
-    #[arg(long, env = "LONGHAUL_POSTGRES_USER", value_name = "NAME")]
-    pub postgres_user: Option<String>,
+    #[command(flatten)]
+    pub database: Database,
     /// Address to listen on; port 0 takes a free one
     #[arg(long, env = "LONGHAUL_LISTEN", default_value = "127.0.0.1:8080", value_name = "ADDRESS")]
     pub listen: SocketAddr,
     /// Address that tells Prometheus what the service counts, as in 127.0.0.1:9090; none by default. Whoever reaches it may read it
     #[arg(long, env = "LONGHAUL_METRICS", value_name = "ADDRESS")]
     pub metrics: Option<SocketAddr>,
-    /// Listen beyond this host although nobody needs a key: whoever reaches the address can do everything
+    /// Ask for a key although none was made yet; without this, one is asked for as soon as there is one
+    #[arg(long, env = "LONGHAUL_REQUIRE_KEYS")]
+    pub require_keys: bool,
+    /// Listen beyond this host although nobody needs a key yet: whoever reaches the address can do everything
     #[arg(long, env = "LONGHAUL_OPEN_TO_ALL")]
     pub open_to_all: bool,
     /// Serve the API only; jobs wait for an executor elsewhere
@@ -94,6 +94,32 @@ pub struct Serve {
     pub max_upload_bytes: u64,
     #[command(flatten)]
     pub executor: Executor,
+}
+
+/// Which database a server uses.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Database {
+    /// Postgres to use (postgres://...); without it, a private one in the data folder
+    #[arg(long, env = "DATABASE_URL", global = true, hide_env_values = true, value_name = "URL")]
+    pub database_url: Option<String>,
+    /// Folder of Postgres' programs for the private one; found by itself where it is in the usual places
+    #[arg(long, env = "LONGHAUL_POSTGRES_BIN", global = true, value_name = "DIR")]
+    pub postgres_bin: Option<PathBuf>,
+    /// User that runs the private Postgres when this process is root
+    #[arg(long, env = "LONGHAUL_POSTGRES_USER", global = true, value_name = "NAME")]
+    pub postgres_user: Option<String>,
+}
+
+/// A command that looks into a server's database, whether the server runs or not.
+#[derive(Debug, Clone, clap::Args)]
+pub struct Stored<A: clap::Args> {
+    #[command(flatten)]
+    pub args: A,
+    /// Folder that the server keeps its things in
+    #[arg(long, env = "LONGHAUL_DATA", default_value = ".longhaul", global = true, value_name = "DIR")]
+    pub data: PathBuf,
+    #[command(flatten)]
+    pub database: Database,
 }
 
 /// Flags of `longhaul execute`.
@@ -263,4 +289,15 @@ pub struct Remote<A: clap::Args> {
     /// Address of the server
     #[arg(long, env = "LONGHAUL_SERVER", default_value = "http://127.0.0.1:8080", global = true, value_name = "URL")]
     pub server: String,
+    /// Key that the server asks for; OPENAI_API_KEY is taken where this is not given
+    #[arg(long, env = "LONGHAUL_API_KEY", hide_env_values = true, global = true, value_name = "KEY")]
+    pub api_key: Option<String>,
+}
+
+impl<A: clap::Args> Remote<A> {
+    /// The key to send, if there is one. A variable that is empty is none.
+    pub fn key(&self) -> Option<String> {
+        let key = self.api_key.clone().filter(|key| !key.is_empty());
+        key.or_else(|| std::env::var("OPENAI_API_KEY").ok().filter(|key| !key.is_empty()))
+    }
 }

@@ -40,6 +40,12 @@ fn main() -> ExitCode {
         })),
         Role::Bench(Bench::Ops(args)) => ended(bench::ops::run(&args, &mut io::stdout())),
         Role::Model(Model::Init(args)) => ended(cli::model::init(&args)),
+        Role::Keys(args) => {
+            ended(cli::keys::run(&args, std::env::var_os("PATH").unwrap_or_default(), &mut io::stdout()))
+        }
+        Role::Projects(args) => {
+            ended(cli::projects::run(&args, std::env::var_os("PATH").unwrap_or_default(), &mut io::stdout()))
+        }
         Role::Upload(remote) => ask(&remote, upload::run),
         Role::Jobs(remote) => ask(&remote, jobs::run),
         Role::Watch(remote) => ask(&remote, watch::run),
@@ -76,7 +82,9 @@ fn ask<A: clap::Args>(
     remote: &Remote<A>,
     command: impl FnOnce(&A, &Client, &mut dyn Write) -> client::Result,
 ) -> ExitCode {
-    let done = Client::new(&remote.server).and_then(|client| command(&remote.args, &client, &mut io::stdout()));
+    let done = Client::new(&remote.server)
+        .and_then(|client| client.with_key(remote.key().as_deref()))
+        .and_then(|client| command(&remote.args, &client, &mut io::stdout()));
     done.map_or_else(|failure| failed(&failure, failure.exit_status()), |()| ExitCode::SUCCESS)
 }
 

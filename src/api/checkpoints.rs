@@ -8,6 +8,7 @@ use utoipa::ToSchema;
 
 use super::{
     Api, ApiError, ErrorEnvelope,
+    access::Caller,
     download::Download,
     extract::{Id, Pairs, Segments, named, no_such_cursor},
     hub::HubName,
@@ -15,7 +16,10 @@ use super::{
 };
 use crate::{
     domain::{CheckpointId, Invalid, JobId, progress::WrittenFile},
-    store::checkpoints::{Checkpoint, FileSet},
+    store::{
+        checkpoints::{Checkpoint, FileSet},
+        projects::Kind,
+    },
 };
 
 /// Most checkpoints of one page, and how many there are when nobody says.
@@ -112,11 +116,12 @@ pub async fn list_checkpoints(
     responses((status = 200, body = CheckpointFiles), (status = 404, body = ErrorEnvelope)))]
 pub async fn list_checkpoint_files(
     State(api): State<Api>,
+    caller: Caller,
     Segments((job, checkpoint)): Segments<(String, String)>,
     pairs: Pairs,
 ) -> Result<Json<CheckpointFiles>, ApiError> {
-    let checkpoint = find(&api, &job, &checkpoint).await?;
-    let files = api.store.checkpoint_files(&checkpoint.id, file_set(&pairs)?).await?;
+    let Open { checkpoint, most } = find(&api, &caller, &job, &checkpoint).await?;
+    let files = api.store.checkpoint_files(&checkpoint.id, file_set(&pairs)?.min(most)).await?;
     let data = files.into_iter().map(|WrittenFile { path, bytes, sha256 }| CheckpointFile { path, bytes, sha256 });
     Ok(Json(CheckpointFiles { object: "list", data: data.collect(), has_more: false }))
 }
@@ -135,11 +140,12 @@ pub async fn list_checkpoint_files(
         (status = 404, body = ErrorEnvelope), (status = 416, body = ErrorEnvelope)))]
 pub async fn checkpoint_file(
     State(api): State<Api>,
+    caller: Caller,
     Segments((job, checkpoint, path)): Segments<(String, String, String)>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let checkpoint = find(&api, &job, &checkpoint).await?;
-    let files = api.store.checkpoint_files(&checkpoint.id, FileSet::All).await?;
+    let Open { checkpoint, most } = find(&api, &caller, &job, &checkpoint).await?;
+    let files = api.store.checkpoint_files(&checkpoint.id, most).await?;
     // Only what the manifest names exists; a path goes nowhere near a file system before it was found there.
     let Some(file) = files.into_iter().find(|file| file.path == path) else {
         return Err(ApiError::not_found("file of this checkpoint", &path));
@@ -181,12 +187,13 @@ pub(super) async fn send(
         (status = 404, body = ErrorEnvelope), (status = 416, body = ErrorEnvelope)))]
 pub async fn checkpoint_archive(
     State(api): State<Api>,
+    caller: Caller,
     Segments((job, checkpoint)): Segments<(String, String)>,
     pairs: Pairs,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let checkpoint = find(&api, &job, &checkpoint).await?;
-    let files = api.store.checkpoint_files(&checkpoint.id, file_set(&pairs)?).await?;
+    let Open { checkpoint, most } = find(&api, &caller, &job, &checkpoint).await?;
+    let files = api.store.checkpoint_files(&checkpoint.id, file_set(&pairs)?.min(most)).await?;
     let archive = Archive::of(&files);
     let download = Download {
         bytes: archive.bytes(),
@@ -197,12 +204,22 @@ pub async fn checkpoint_archive(
     download.answer(&headers, async |range| Ok(archive.read(api.store.weights(), &checkpoint.id, range))).await
 }
 
-/// A checkpoint, if it is one of that job.
-async fn find(api: &Api, job: &str, checkpoint: &str) -> Result<Checkpoint, ApiError> {
+/// A checkpoint that the caller may download.
+struct Open {
+    checkpoint: Checkpoint,
+    /// What of it: the state for continuing is for the project that trained it.
+    most: FileSet,
+}
+
+/// A checkpoint, if it is one of that job, and the caller's or open to it.
+async fn find(api: &Api, caller: &Caller, job: &str, checkpoint: &str) -> Result<Open, ApiError> {
     let job: JobId = named(job)?;
     let id: CheckpointId = named(checkpoint)?;
-    let found = api.store.checkpoint(&id).await?.filter(|checkpoint| checkpoint.job == job);
-    found.ok_or_else(|| ApiError::not_found("checkpoint", checkpoint))
+    let open = api.store.open_checkpoints(&caller.project, &job).await?;
+    let found = open.into_iter().find(|checkpoint| checkpoint.id == id);
+    let found = found.ok_or_else(|| ApiError::not_found("checkpoint", checkpoint))?;
+    let own = api.store.owns(&caller.project, Kind::Job, job.as_str()).await?;
+    Ok(Open { checkpoint: found, most: if own { FileSet::All } else { FileSet::Model } })
 }
 
 fn file_set(pairs: &Pairs) -> Result<FileSet, ApiError> {

@@ -3,6 +3,8 @@
 //! The body is OpenAI's envelope, `{"error": {"message", "type", "param", "code"}}` with all four keys. What went wrong
 //! inside is logged with the request's id and never shown; the id is, so that the two can be matched.
 
+use std::time::Duration;
+
 use axum::{
     http::{HeaderValue, StatusCode, header},
     response::{IntoResponse, Response},
@@ -10,10 +12,17 @@ use axum::{
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use crate::{domain::Invalid, store};
+use super::access::CHALLENGE;
+use crate::{
+    domain::Invalid,
+    store::{self, quotas::Exceeded},
+};
 
 /// Seconds after which a client should ask again when the service cannot answer now.
 const RETRY_AFTER_SECONDS: u16 = 2;
+
+/// Longest that stock clients wait because they are told to.
+const LONGEST_WAIT_SECONDS: u64 = 60;
 
 /// A request that did not succeed.
 #[derive(Debug, Clone)]
@@ -36,6 +45,8 @@ enum Retry {
     Never,
     /// A little later.
     Later,
+    /// After so many seconds.
+    After(u64),
 }
 
 /// OpenAI's error envelope.
@@ -68,6 +79,29 @@ impl ApiError {
     /// 400: something about the request as a whole.
     pub fn bad_request(code: &str, message: impl Into<String>) -> Self {
         Self { code: Some(code.to_owned()), ..Self::new(StatusCode::BAD_REQUEST, message) }
+    }
+
+    /// 401: no key, or none that holds.
+    pub fn unauthorized(message: impl Into<String>) -> Self {
+        Self { code: Some("invalid_api_key".to_owned()), ..Self::new(StatusCode::UNAUTHORIZED, message) }
+    }
+
+    /// 403: the key holds, and may not do this.
+    pub fn forbidden(message: impl Into<String>) -> Self {
+        Self { code: Some("insufficient_permissions".to_owned()), ..Self::new(StatusCode::FORBIDDEN, message) }
+    }
+
+    /// 429: a limit that time does not lift.
+    pub fn quota(message: impl Into<String>) -> Self {
+        let code = Some("insufficient_quota".to_owned());
+        Self { code, retry: Retry::Never, ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
+    }
+
+    /// 429: a limit that time lifts; after how long, where that is known.
+    pub fn too_many(message: impl Into<String>, wait: Option<Duration>) -> Self {
+        let retry = wait.map_or(Retry::Never, |wait| Retry::After(wait.as_secs_f64().ceil() as u64));
+        let code = Some("rate_limit_exceeded".to_owned());
+        Self { code, retry, ..Self::new(StatusCode::TOO_MANY_REQUESTS, message) }
     }
 
     /// 404: no such thing, or none that the caller may know of.
@@ -150,9 +184,19 @@ impl ApiError {
         let body = ErrorBody { message, kind: self.kind(), param: self.param.clone(), code: self.code.clone() };
         let mut response = (self.status, axum::Json(ErrorEnvelope { error: body })).into_response();
         let headers = response.headers_mut();
+        if self.status == StatusCode::UNAUTHORIZED {
+            headers.extend([CHALLENGE]);
+        }
         match self.retry {
             Retry::Unsaid => {}
             Retry::Never => drop(headers.insert("x-should-retry", HeaderValue::from_static("false"))),
+            Retry::After(seconds) => {
+                headers.insert(header::RETRY_AFTER, seconds.into());
+                // Stock clients wait no longer than this, and ask again before it can help.
+                if seconds > LONGEST_WAIT_SECONDS {
+                    headers.insert("x-should-retry", HeaderValue::from_static("false"));
+                }
+            }
             Retry::Later => drop(headers.insert(header::RETRY_AFTER, RETRY_AFTER_SECONDS.into())),
         }
         response
@@ -181,7 +225,19 @@ impl From<store::Error> for ApiError {
             store::Error::Unavailable(_) => {
                 Self::unavailable("the database cannot be reached at the moment; try again shortly", cause)
             }
+            store::Error::Quota(exceeded) => exceeded.into(),
             _ => Self::internal(cause),
+        }
+    }
+}
+
+impl From<Exceeded> for ApiError {
+    fn from(exceeded: Exceeded) -> Self {
+        let message = exceeded.to_string();
+        match exceeded {
+            Exceeded::StoredBytes(_) | Exceeded::Tokens(_) => Self::quota(message),
+            Exceeded::Jobs(_) => Self::too_many(message, None),
+            Exceeded::TokensPerDay { wait, .. } => Self::too_many(message, Some(wait)),
         }
     }
 }

@@ -10,10 +10,10 @@ use axum::{
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::{ApiError, error::excerpt};
+use super::{Api, ApiError, access::Caller, error::excerpt};
 use crate::{
     domain::{CheckpointId, FileId, Invalid, JobId, PermissionId, PlanId, UploadId, WebhookId},
-    store::{Order, Page},
+    store::{Order, Page, projects::Kind},
 };
 
 /// Something that is named in a path.
@@ -50,21 +50,52 @@ impl Named for CheckpointId {
     const WHAT: &'static str = "checkpoint";
 }
 
+/// Something that belongs to a project.
+pub trait Owned: Named + std::fmt::Display {
+    /// Where its owner is looked up.
+    const KIND: Kind;
+}
+
+impl Owned for FileId {
+    const KIND: Kind = Kind::File;
+}
+
+impl Owned for JobId {
+    const KIND: Kind = Kind::Job;
+}
+
+impl Owned for PlanId {
+    const KIND: Kind = Kind::Plan;
+}
+
+impl Owned for UploadId {
+    const KIND: Kind = Kind::Upload;
+}
+
+impl Owned for WebhookId {
+    const KIND: Kind = Kind::Webhook;
+}
+
 /// Reads an id. What cannot be an id names nothing, so it is not found rather than invalid.
 pub fn named<T: Named>(text: &str) -> Result<T, ApiError> {
     text.parse().map_err(|_| ApiError::not_found(T::WHAT, text))
 }
 
-/// The one id in a path.
+/// The one id in a path, of something that belongs to the caller's project. What belongs to another is not there.
 #[derive(Debug)]
 pub struct Id<T>(pub T);
 
-impl<T: Named, S: Send + Sync> FromRequestParts<S> for Id<T> {
+impl<T: Owned + Send> FromRequestParts<Api> for Id<T> {
     type Rejection = ApiError;
 
-    async fn from_request_parts(parts: &mut Parts, state: &S) -> Result<Self, ApiError> {
-        let Segments(id) = Segments::<String>::from_request_parts(parts, state).await?;
-        named(&id).map(Self)
+    async fn from_request_parts(parts: &mut Parts, api: &Api) -> Result<Self, ApiError> {
+        let Segments(text) = Segments::<String>::from_request_parts(parts, api).await?;
+        let caller = Caller::from_request_parts(parts, api).await?;
+        let id: T = named(&text)?;
+        if !api.store.owns(&caller.project, T::KIND, &id.to_string()).await? {
+            return Err(ApiError::not_found(T::WHAT, &text));
+        }
+        Ok(Self(id))
     }
 }
 

@@ -11,6 +11,7 @@ use utoipa::ToSchema;
 
 use super::{
     Api, ApiError, ErrorEnvelope,
+    access::Caller,
     download::Download,
     error::excerpt,
     extract::{Id, Pairs, no_such_cursor},
@@ -99,10 +100,11 @@ pub struct UploadForm {
     responses((status = 200, body = FileObject), (status = 400, body = ErrorEnvelope), (status = 413, body = ErrorEnvelope)))]
 pub async fn create_file(
     State(api): State<Api>,
+    caller: Caller,
     form: Result<Multipart, MultipartRejection>,
 ) -> Result<Json<FileObject>, ApiError> {
     let form = form.map_err(|_| no_form("the fields file and purpose"))?;
-    let file = upload::receive(&api.store, &api.settings, form).await?;
+    let file = upload::receive(&api.store, &api.settings, &caller.project, form).await?;
     Ok(Json(file.into()))
 }
 
@@ -120,9 +122,9 @@ pub(super) fn no_form(fields: &str) -> ApiError {
         ("order" = Option<String>, Query, description = "By time of upload: `desc` (if absent) or `asc`."),
         ("after" = Option<String>, Query, description = "Id of the last file already seen.")),
     responses((status = 200, body = FileList), (status = 400, body = ErrorEnvelope)))]
-pub async fn list_files(State(api): State<Api>, pairs: Pairs) -> Result<Json<FileList>, ApiError> {
+pub async fn list_files(State(api): State<Api>, caller: Caller, pairs: Pairs) -> Result<Json<FileList>, ApiError> {
     let page = pairs.page::<FileId>(MAX_PAGE, MAX_PAGE)?;
-    let listed = api.store.list_files(&page, pairs.find("purpose")).await?;
+    let listed = api.store.list_files(&caller.project, &page, pairs.find("purpose")).await?;
     let listed = listed.ok_or_else(|| no_such_cursor(page.after.as_deref().unwrap_or_default()))?;
     let data: Vec<FileObject> = listed.rows.into_iter().map(Into::into).collect();
     Ok(Json(FileList {

@@ -8,25 +8,24 @@
 use axum::{
     Json,
     extract::State,
-    http::{HeaderMap, HeaderName, HeaderValue},
+    http::{HeaderMap, HeaderName, HeaderValue, StatusCode},
     response::{IntoResponse, Response},
 };
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use utoipa::ToSchema;
 
-use super::{Api, ApiError, ErrorEnvelope, checkpoints, extract::Segments};
+use super::{Api, ApiError, ErrorEnvelope, access::Caller, checkpoints, extract::Segments};
 use crate::{
     domain::{CheckpointId, JobId, hex, progress::WrittenFile},
-    store::{
-        Page,
-        checkpoints::{Checkpoint, FileSet, ORGANIZATION},
-    },
+    store::checkpoints::{Checkpoint, FileSet, ORGANIZATION},
 };
 
 const COMMIT: HeaderName = HeaderName::from_static("x-repo-commit");
 const ERROR_CODE: HeaderName = HeaderName::from_static("x-error-code");
 const ERROR_MESSAGE: HeaderName = HeaderName::from_static("x-error-message");
+/// What the clients know a wrong key by.
+const WRONG_KEY: &str = "Invalid credentials in Authorization header";
 /// Hex digits of a commit, as git has them.
 const COMMIT_LENGTH: usize = 40;
 /// Most characters of a repository's name before the job's id.
@@ -146,15 +145,27 @@ impl IntoResponse for HubError {
     }
 }
 
+/// A request that is not let in, as the clients understand it: of a wrong key they know the words; without a key and without a
+/// code they take the repository for one that others may see.
+pub(super) fn refused(refusal: ApiError, key_given: bool) -> Response {
+    let mut response = refusal.into_response();
+    if response.status() == StatusCode::UNAUTHORIZED {
+        let message = if key_given { WRONG_KEY } else { "a key is needed: give it as HF_TOKEN" };
+        response.headers_mut().insert(ERROR_MESSAGE, HeaderValue::from_static(message));
+    }
+    response
+}
+
 /// Says what a repository is at its newest revision.
 #[utoipa::path(get, path = "/hf/api/models/{namespace}/{name}", tag = "hub",
     params(("namespace" = String, Path), ("name" = String, Path)),
     responses((status = 200, body = RepositoryInfo), (status = 404, body = ErrorEnvelope)))]
 pub async fn repository(
     State(api): State<Api>,
+    caller: Caller,
     Segments((namespace, name)): Segments<(String, String)>,
 ) -> Result<Json<RepositoryInfo>, HubError> {
-    info(&api, (&namespace, &name), "main").await
+    info(&api, &caller, (&namespace, &name), "main").await
 }
 
 /// Says what a repository is at a revision.
@@ -164,9 +175,10 @@ pub async fn repository(
     responses((status = 200, body = RepositoryInfo), (status = 404, body = ErrorEnvelope)))]
 pub async fn repository_revision(
     State(api): State<Api>,
+    caller: Caller,
     Segments((namespace, name, revision)): Segments<(String, String, String)>,
 ) -> Result<Json<RepositoryInfo>, HubError> {
-    info(&api, (&namespace, &name), &revision).await
+    info(&api, &caller, (&namespace, &name), &revision).await
 }
 
 /// Lists a repository's files at a revision.
@@ -175,9 +187,10 @@ pub async fn repository_revision(
     responses((status = 200, body = Vec<TreeEntry>), (status = 404, body = ErrorEnvelope)))]
 pub async fn repository_tree(
     State(api): State<Api>,
+    caller: Caller,
     Segments((namespace, name, revision)): Segments<(String, String, String)>,
 ) -> Result<Json<Vec<TreeEntry>>, HubError> {
-    let checkpoint = find(&api, (&namespace, &name), &revision).await?;
+    let checkpoint = find(&api, &caller, (&namespace, &name), &revision).await?;
     let files = api.store.checkpoint_files(&checkpoint.id, FileSet::Model).await?;
     Ok(Json(files.into_iter().map(TreeEntry::from).collect()))
 }
@@ -188,9 +201,10 @@ pub async fn repository_tree(
     responses((status = 200, body = Vec<TreeEntry>), (status = 404, body = ErrorEnvelope)))]
 pub async fn repository_folder(
     State(api): State<Api>,
+    caller: Caller,
     Segments((namespace, name, revision, path)): Segments<(String, String, String, String)>,
 ) -> Result<Json<Vec<TreeEntry>>, HubError> {
-    let checkpoint = find(&api, (&namespace, &name), &revision).await?;
+    let checkpoint = find(&api, &caller, (&namespace, &name), &revision).await?;
     let folder = format!("{}/", path.trim_end_matches('/'));
     let files = api.store.checkpoint_files(&checkpoint.id, FileSet::Model).await?;
     let inside: Vec<TreeEntry> =
@@ -212,10 +226,11 @@ pub async fn repository_folder(
         (status = 404, body = ErrorEnvelope), (status = 416, body = ErrorEnvelope)))]
 pub async fn repository_file(
     State(api): State<Api>,
+    caller: Caller,
     Segments((namespace, name, revision, path)): Segments<(String, String, String, String)>,
     headers: HeaderMap,
 ) -> Result<Response, HubError> {
-    let checkpoint = find(&api, (&namespace, &name), &revision).await?;
+    let checkpoint = find(&api, &caller, (&namespace, &name), &revision).await?;
     let commit = commit(&checkpoint.id);
     let files = api.store.checkpoint_files(&checkpoint.id, FileSet::Model).await?;
     let Some(file) = files.into_iter().find(|file| file.path == path) else {
@@ -226,8 +241,13 @@ pub async fn repository_file(
     Ok(response)
 }
 
-async fn info(api: &Api, repository: (&str, &str), revision: &str) -> Result<Json<RepositoryInfo>, HubError> {
-    let checkpoint = find(api, repository, revision).await?;
+async fn info(
+    api: &Api,
+    caller: &Caller,
+    repository: (&str, &str),
+    revision: &str,
+) -> Result<Json<RepositoryInfo>, HubError> {
+    let checkpoint = find(api, caller, repository, revision).await?;
     let files = api.store.checkpoint_files(&checkpoint.id, FileSet::Model).await?;
     let id = repository_of(&checkpoint);
     Ok(Json(RepositoryInfo {
@@ -235,7 +255,7 @@ async fn info(api: &Api, repository: (&str, &str), revision: &str) -> Result<Jso
         id,
         author: ORGANIZATION,
         sha: commit(&checkpoint.id),
-        private: false,
+        private: caller.key.is_some(),
         gated: false,
         disabled: false,
         tags: ["transformers", "safetensors"],
@@ -245,8 +265,13 @@ async fn info(api: &Api, repository: (&str, &str), revision: &str) -> Result<Jso
     }))
 }
 
-/// The checkpoint that is this revision.
-async fn find(api: &Api, (namespace, name): (&str, &str), revision: &str) -> Result<Checkpoint, HubError> {
+/// The checkpoint that is this revision, among those that the caller's project may see.
+async fn find(
+    api: &Api,
+    caller: &Caller,
+    (namespace, name): (&str, &str),
+    revision: &str,
+) -> Result<Checkpoint, HubError> {
     let wanted = format!("{namespace}/{name}");
     let no_repository = || HubError::missing(Missing::Repository, &wanted);
     let job: JobId = name
@@ -254,8 +279,7 @@ async fn find(api: &Api, (namespace, name): (&str, &str), revision: &str) -> Res
         .next()
         .and_then(|id| format!("{}{id}", JobId::PREFIX).parse().ok())
         .ok_or_else(no_repository)?;
-    let page = Page { limit: u32::MAX, ..Page::default() };
-    let checkpoints = api.store.list_checkpoints(&job, &page).await?.map(|listed| listed.rows).unwrap_or_default();
+    let checkpoints = api.store.open_checkpoints(&caller.project, &job).await?;
     if checkpoints.first().is_none_or(|newest| repository_of(newest) != wanted) {
         return Err(no_repository());
     }

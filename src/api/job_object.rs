@@ -14,9 +14,6 @@ use crate::{
     store::{Listed, jobs::Job},
 };
 
-/// Where hosted services name the organization.
-const ORGANIZATION: &str = "org-longhaul";
-
 /// A job to be made.
 #[derive(Debug, ToSchema)]
 #[expect(dead_code, reason = "describes the body in the contract; domain::JobRequest reads it")]
@@ -162,6 +159,10 @@ pub struct CreateTraining {
     /// `cpu` or `cuda`; absent takes a GPU where the host has one. Refused where no host has such a device.
     #[schema(required = false)]
     device: Option<String>,
+    /// Which of the project's jobs trains earlier: higher is earlier, default 0, and every hour of waiting adds one. Between
+    /// projects the one that trains on the fewest devices is next.
+    #[schema(required = false, minimum = 0, maximum = 100)]
+    priority: Option<u32>,
     /// Ids of further training files, after `training_file`.
     #[schema(required = false, max_items = 1000)]
     additional_training_files: Option<Vec<String>>,
@@ -181,7 +182,8 @@ pub struct JobObject {
     created_at: i64,
     /// The base model.
     model: String,
-    organization_id: &'static str,
+    /// The project that the job belongs to.
+    organization_id: String,
     training_file: String,
     #[schema(required)]
     validation_file: Option<String>,
@@ -280,6 +282,7 @@ impl From<Job> for JobObject {
         let hyperparameters = hyperparameters(&job.training);
         let texts = |ids: &[crate::domain::FileId]| ids.iter().map(ToString::to_string).collect::<Vec<_>>();
         let mut training = json!(job.training);
+        training["priority"] = json!(job.priority);
         training["additional_training_files"] = json!(texts(job.training_files.get(1..).unwrap_or_default()));
         training["additional_validation_files"] = json!(texts(job.validation_files.get(1..).unwrap_or_default()));
         Self {
@@ -287,7 +290,7 @@ impl From<Job> for JobObject {
             object: "fine_tuning.job",
             created_at: job.created_at,
             model: job.model,
-            organization_id: ORGANIZATION,
+            organization_id: job.project.to_string(),
             training_file: job.training_files.first().map(ToString::to_string).unwrap_or_default(),
             validation_file: job.validation_files.first().map(ToString::to_string),
             status: job.status.as_str(),

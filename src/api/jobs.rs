@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 
 use super::{
     Api, ApiError, ErrorEnvelope,
+    access::Caller,
     error::excerpt,
     extract::{Id, JsonBody, Pairs, no_such_cursor},
     fit,
@@ -18,6 +19,7 @@ use crate::{
     },
     store::{
         jobs::{Attempt, Created, MetadataFilter, NewJob},
+        projects::Kind,
         steer::Steered,
     },
 };
@@ -39,13 +41,14 @@ const MAX_KEY: usize = 255;
     responses((status = 200, body = JobObject), (status = 400, body = ErrorEnvelope), (status = 409, body = ErrorEnvelope)))]
 pub async fn create_job(
     State(api): State<Api>,
+    caller: Caller,
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Json<JobObject>, ApiError> {
     let mut asked = JobRequest::read(&body.value)?;
     let attempt = attempt(&headers, &body)?;
     for file in asked.training_files.iter().chain(&asked.validation_files) {
-        check_file(&api, file).await?;
+        check_file(&api, &caller, file).await?;
     }
     let notes = fit::ask_live_hosts(&api.store, &asked).await?;
     if !asked.seed_given {
@@ -53,6 +56,8 @@ pub async fn create_job(
     }
     let ids = |files: &[FileRef]| files.iter().map(|file| file.id.clone()).collect();
     let new = NewJob {
+        project: caller.project,
+        priority: asked.priority,
         model: asked.model,
         training_files: ids(&asked.training_files),
         validation_files: ids(&asked.validation_files),
@@ -84,9 +89,9 @@ pub async fn create_job(
         ("metadata" = Option<std::collections::HashMap<String, String>>, Query, style = DeepObject, explode,
             description = "Only jobs whose metadata holds these pairs, written `metadata[key]=value`; `metadata=null` for those without.")),
     responses((status = 200, body = JobList), (status = 400, body = ErrorEnvelope)))]
-pub async fn list_jobs(State(api): State<Api>, pairs: Pairs) -> Result<Json<JobList>, ApiError> {
+pub async fn list_jobs(State(api): State<Api>, caller: Caller, pairs: Pairs) -> Result<Json<JobList>, ApiError> {
     let page = pairs.page::<JobId>(DEFAULT_PAGE, MAX_PAGE)?;
-    let listed = api.store.list_jobs(&page, &metadata_filter(&pairs)?).await?;
+    let listed = api.store.list_jobs(&caller.project, &page, &metadata_filter(&pairs)?).await?;
     let listed = listed.ok_or_else(|| no_such_cursor(page.after.as_deref().unwrap_or_default()))?;
     Ok(Json(JobList::new(listed)))
 }
@@ -162,9 +167,10 @@ fn attempt(headers: &HeaderMap, body: &JsonBody) -> Result<Attempt, ApiError> {
     })
 }
 
-/// A file of a job exists, is meant for training, and has a name that says how to read it.
-pub(super) async fn check_file(api: &Api, named: &FileRef) -> Result<(), ApiError> {
-    let file = api.store.file(&named.id).await?.ok_or_else(|| named.missing())?;
+/// A file of a job exists in the caller's project, is meant for training, and has a name that says how to read it.
+pub(super) async fn check_file(api: &Api, caller: &Caller, named: &FileRef) -> Result<(), ApiError> {
+    let own = api.store.owns(&caller.project, Kind::File, named.id.as_str()).await?;
+    let file = api.store.file(&named.id).await?.filter(|_| own).ok_or_else(|| named.missing())?;
     if file.purpose != upload::PURPOSES[0] {
         let message = format!(
             "{} was uploaded for the purpose {}; upload it again with purpose {}",

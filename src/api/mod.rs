@@ -13,12 +13,13 @@ use axum::{
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tower_http::catch_panic::CatchPanicLayer;
-use utoipa::OpenApi;
 use utoipa_axum::{router::OpenApiRouter, routes};
 
 use crate::store::{Error, Store, files::ORPHAN_AGE};
 
+pub mod access;
 pub mod checkpoints;
+mod contract;
 pub mod download;
 pub mod error;
 pub mod events;
@@ -32,6 +33,7 @@ pub mod jobs;
 pub mod layers;
 pub mod metrics;
 pub mod models;
+pub mod pace;
 pub mod page;
 pub mod permissions;
 pub mod plans;
@@ -41,6 +43,7 @@ pub mod uploads;
 pub mod webhooks;
 
 pub use error::{ApiError, ErrorEnvelope};
+use pace::Pace;
 
 /// Largest JSON body.
 pub const MAX_JSON_BODY: usize = 1 << 20;
@@ -58,11 +61,13 @@ pub struct Settings {
     pub max_upload_bytes: u64,
     /// Where requests are counted.
     pub metrics: metrics::Metrics,
+    /// Ask for a key although none was ever made.
+    pub require_keys: bool,
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { max_upload_bytes: 64 << 30, metrics: metrics::Metrics::default() }
+        Self { max_upload_bytes: 64 << 30, metrics: metrics::Metrics::default(), require_keys: false }
     }
 }
 
@@ -72,6 +77,7 @@ pub struct Api {
     store: Store,
     settings: Arc<Settings>,
     stop: CancellationToken,
+    pace: Pace,
 }
 
 /// Serves until `stop` is cancelled, then lets requests under way finish, but no longer than half a minute.
@@ -102,14 +108,17 @@ pub async fn serve(
 /// The service, ready to be called.
 pub fn router(store: Store, settings: Settings, stop: CancellationToken) -> Router {
     let (router, _) = table().split_for_parts();
+    let counted = settings.metrics.clone();
+    let api = Api { store, settings: Arc::new(settings), stop, pace: Pace::default() };
     router
         .merge(page::routes())
         .fallback(layers::no_route)
         .method_not_allowed_fallback(layers::no_method)
+        .layer(from_fn_with_state(api.clone(), access::authorize))
         .layer(CatchPanicLayer::custom(layers::panicked))
-        .layer(from_fn_with_state(settings.metrics.clone(), metrics::count))
+        .layer(from_fn_with_state(counted, metrics::count))
         .layer(from_fn(layers::identify))
-        .with_state(Api { store, settings: Arc::new(settings), stop })
+        .with_state(api)
 }
 
 /// The contract, as YAML.
@@ -181,30 +190,10 @@ fn table() -> OpenApiRouter<Api> {
     // Reads the whole upload, as long as that takes.
     let long =
         OpenApiRouter::new().routes(routes!(uploads::complete_upload)).layer(DefaultBodyLimit::max(MAX_JSON_BODY));
-    OpenApiRouter::with_openapi(Contract::openapi()).merge(small).merge(transfers).merge(long)
+    let mut table = OpenApiRouter::with_openapi(contract::head()).merge(small).merge(transfers).merge(long);
+    contract::ask_for_keys(table.get_openapi_mut());
+    table
 }
-
-/// Head of the contract; paths and shapes come from the table.
-#[derive(OpenApi)]
-#[openapi(
-    info(
-        title = "Longhaul",
-        description = "Fine-tunes language models on documents of millions of tokens, and hands the weights back. \
-                       The OpenAI fine-tuning API, with extensions under `training`, `progress` and the downloads.",
-        license(name = "Apache-2.0", identifier = "Apache-2.0")
-    ),
-    tags(
-        (name = "files", description = "Training and validation documents."),
-        (name = "uploads", description = "Large files in parts, and how to go on with one that broke off."),
-        (name = "fine-tuning", description = "Jobs, their events and their checkpoints."),
-        (name = "downloads", description = "The weights."),
-        (name = "models", description = "What can be tuned, and what was."),
-        (name = "webhooks", description = "Who is told of the end of jobs."),
-        (name = "hub", description = "Fine-tuned models by name, for Hugging Face's clients: set HF_ENDPOINT to <this server>/hf."),
-        (name = "service", description = "For load balancers.")
-    )
-)]
-struct Contract;
 
 async fn sweep(store: Store, stop: CancellationToken) {
     loop {

@@ -6,7 +6,7 @@ use axum::{Json, extract::State};
 use serde::Serialize;
 use utoipa::ToSchema;
 
-use super::{Api, ApiError, ErrorEnvelope, extract::Segments, hub::HubName};
+use super::{Api, ApiError, ErrorEnvelope, access::Caller, extract::Segments, hub::HubName};
 use crate::{
     domain::Invalid,
     store::{checkpoints::Checkpoint, retention::ModelDeletion},
@@ -59,11 +59,12 @@ pub struct ModelDeleted {
     deleted: bool,
 }
 
-/// Lists the base models that a live host has, by name, and then fine-tuned models, newest first.
+/// Lists the base models that a live host has, by name, and then fine-tuned models, newest first: the results of the project's
+/// jobs, and checkpoints that other projects opened to it.
 #[utoipa::path(get, path = "/v1/models", tag = "models", responses((status = 200, body = ModelList)))]
-pub async fn list_models(State(api): State<Api>) -> Result<Json<ModelList>, ApiError> {
+pub async fn list_models(State(api): State<Api>, caller: Caller) -> Result<Json<ModelList>, ApiError> {
     let mut data = base_models(&api, false).await?;
-    let fine_tuned = api.store.fine_tuned_models(MAX_FINE_TUNED).await?;
+    let fine_tuned = api.store.fine_tuned_models(&caller.project, MAX_FINE_TUNED).await?;
     data.extend(fine_tuned.into_iter().map(ModelObject::from));
     Ok(Json(ModelList { object: "list", data }))
 }
@@ -73,6 +74,7 @@ pub async fn list_models(State(api): State<Api>) -> Result<Json<ModelList>, ApiE
     responses((status = 200, body = ModelObject), (status = 404, body = ErrorEnvelope)))]
 pub async fn retrieve_model(
     State(api): State<Api>,
+    caller: Caller,
     Segments(name): Segments<String>,
 ) -> Result<Json<ModelObject>, ApiError> {
     let base = base_models(&api, true).await?.into_iter().find(|model| model.id == name);
@@ -80,11 +82,11 @@ pub async fn retrieve_model(
         return Ok(Json(model));
     }
     // The database holds no zero byte in text, and so no such name.
-    let found = if name.contains('\0') { None } else { api.store.checkpoint_of_model(&name).await? };
+    let found = if name.contains('\0') { None } else { api.store.open_model(&caller.project, &name).await? };
     found.map(|checkpoint| Json(checkpoint.into())).ok_or_else(|| ApiError::not_found("model", &name))
 }
 
-/// Deletes a fine-tuned model and its weights.
+/// Deletes a fine-tuned model of the project and its weights.
 ///
 /// The name may be that of a job's result or of any other checkpoint; each goes alone. A base model belongs to its host, and
 /// what a job may still go on from stays until the job has ended.
@@ -93,12 +95,13 @@ pub async fn retrieve_model(
         (status = 409, body = ErrorEnvelope)))]
 pub async fn delete_model(
     State(api): State<Api>,
+    caller: Caller,
     Segments(name): Segments<String>,
 ) -> Result<Json<ModelDeleted>, ApiError> {
     if name.contains('\0') {
         return Err(ApiError::not_found("model", &name));
     }
-    match api.store.delete_model(&name).await? {
+    match api.store.delete_model(&caller.project, &name).await? {
         ModelDeletion::Deleted => Ok(Json(ModelDeleted { id: name, object: "model", deleted: true })),
         ModelDeletion::InUse(job) => {
             let message = format!("job {job} has not ended and may go on from this checkpoint: cancel the job first");

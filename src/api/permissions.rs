@@ -1,5 +1,5 @@
-//! Permissions of checkpoints: kept and told as hosted services do, so that scripts that set them work. They open nothing
-//! and close nothing while nobody needs a key.
+//! Permissions of checkpoints: a project that has one finds the model among its own, looks at it and downloads it, here and
+//! under `/hf`. Only administrators of the project that trained it give and take them.
 
 use axum::{Json, extract::State};
 use serde::Serialize;
@@ -7,6 +7,7 @@ use utoipa::ToSchema;
 
 use super::{
     Api, ApiError, ErrorEnvelope,
+    access::Caller,
     extract::{JsonBody, Pairs, Segments, named, no_such_cursor},
 };
 use crate::{
@@ -65,17 +66,19 @@ pub struct PermissionDeleted {
 
 /// Opens a checkpoint to projects. Those that have it keep the permission they have.
 ///
-/// Permissions are kept and told; they open nothing and close nothing while nobody needs a key.
+/// They find the model in their list, can look at it and download its files, but not delete it or see its job. Needs a key of
+/// the scope admin.
 #[utoipa::path(post, path = "/v1/fine_tuning/checkpoints/{model}/permissions", tag = "fine-tuning",
     params(("model" = String, Path, description = "Name of a fine-tuned model, `ft:...`.")), request_body = CreatePermissions,
     responses((status = 200, body = PermissionList), (status = 400, body = ErrorEnvelope), (status = 404, body = ErrorEnvelope)))]
 pub async fn create_permissions(
     State(api): State<Api>,
+    caller: Caller,
     Segments(model): Segments<String>,
     body: JsonBody,
 ) -> Result<Json<PermissionList>, ApiError> {
     let projects = projects(&Fields::root(&body.value)?)?;
-    let checkpoint = checkpoint(&api, &model).await?;
+    let checkpoint = checkpoint(&api, &caller, &model).await?;
     Ok(Json(list(api.store.permit(&checkpoint, &projects).await?, false)))
 }
 
@@ -89,11 +92,12 @@ pub async fn create_permissions(
     responses((status = 200, body = PermissionList), (status = 400, body = ErrorEnvelope), (status = 404, body = ErrorEnvelope)))]
 pub async fn list_permissions(
     State(api): State<Api>,
+    caller: Caller,
     Segments(model): Segments<String>,
     pairs: Pairs,
 ) -> Result<Json<PermissionList>, ApiError> {
     let page = pairs.page::<PermissionId>(DEFAULT_PAGE, MAX_PAGE)?;
-    let checkpoint = checkpoint(&api, &model).await?;
+    let checkpoint = checkpoint(&api, &caller, &model).await?;
     let listed = api.store.list_permissions(&checkpoint, pairs.find("project_id"), &page).await?;
     let listed = listed.ok_or_else(|| no_such_cursor(page.after.as_deref().unwrap_or_default()))?;
     Ok(Json(list(listed.rows, listed.has_more)))
@@ -105,19 +109,20 @@ pub async fn list_permissions(
     responses((status = 200, body = PermissionDeleted), (status = 404, body = ErrorEnvelope)))]
 pub async fn delete_permission(
     State(api): State<Api>,
+    caller: Caller,
     Segments((model, id)): Segments<(String, String)>,
 ) -> Result<Json<PermissionDeleted>, ApiError> {
     let permission: PermissionId = named(&id)?;
-    let checkpoint = checkpoint(&api, &model).await?;
+    let checkpoint = checkpoint(&api, &caller, &model).await?;
     if !api.store.revoke(&checkpoint, &permission).await? {
         return Err(ApiError::not_found("permission", &id));
     }
     Ok(Json(PermissionDeleted { id, object: "checkpoint.permission", deleted: true }))
 }
 
-async fn checkpoint(api: &Api, model: &str) -> Result<CheckpointId, ApiError> {
+async fn checkpoint(api: &Api, caller: &Caller, model: &str) -> Result<CheckpointId, ApiError> {
     // The database holds no zero byte in text, and so no such name.
-    let found = if model.contains('\0') { None } else { api.store.checkpoint_of_model(model).await? };
+    let found = if model.contains('\0') { None } else { api.store.own_model(&caller.project, model).await? };
     found.map(|checkpoint| checkpoint.id).ok_or_else(|| ApiError::not_found("model", model))
 }
 

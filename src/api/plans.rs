@@ -13,6 +13,7 @@ use utoipa::ToSchema;
 
 use super::{
     Api, ApiError, ErrorEnvelope,
+    access::Caller,
     extract::{Id, JsonBody},
     fit,
     job_object::CreateJob,
@@ -109,13 +110,14 @@ pub struct Outlook {
     responses((status = 200, body = PlanObject), (status = 400, body = ErrorEnvelope), (status = 503, body = ErrorEnvelope)))]
 pub async fn create_plan(
     State(api): State<Api>,
+    caller: Caller,
     headers: HeaderMap,
     body: JsonBody,
 ) -> Result<Json<PlanObject>, ApiError> {
     let asked = JobRequest::read(&body.value)?;
     let patience = patience(&headers)?;
     for file in asked.training_files.iter().chain(&asked.validation_files) {
-        check_file(&api, file).await?;
+        check_file(&api, &caller, file).await?;
     }
     if api.store.live_hosts().await?.is_empty() {
         let message =
@@ -125,6 +127,7 @@ pub async fn create_plan(
     fit::ask_live_hosts(&api.store, &asked).await?;
     let ids = |files: &[FileRef]| files.iter().map(|file| file.id.clone()).collect();
     let new = NewPlan {
+        project: caller.project,
         training_files: ids(&asked.training_files),
         validation_files: ids(&asked.validation_files),
         model: asked.model,

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 
 use super::{ApiError, Settings, error::excerpt};
 use crate::{
-    domain::Invalid,
+    domain::{Invalid, ProjectId},
     store::{
         Store,
         blobs::SpooledBlob,
@@ -92,8 +92,13 @@ async fn next_field(form: &mut Multipart) -> Result<Option<Field<'_>>, ApiError>
 }
 
 /// Reads the form and makes the file, or leaves nothing behind.
-pub async fn receive(store: &Store, settings: &Settings, mut form: Multipart) -> Result<File, ApiError> {
-    let received = match timeout(DEADLINE, read_form(store, settings, &mut form)).await {
+pub async fn receive(
+    store: &Store,
+    settings: &Settings,
+    project: &ProjectId,
+    mut form: Multipart,
+) -> Result<File, ApiError> {
+    let received = match timeout(DEADLINE, read_form(store, settings, project, &mut form)).await {
         Ok(received) => received,
         Err(_) => Err(ApiError::stalled()),
     };
@@ -129,11 +134,12 @@ pub fn check_format(filename: &str, param: &str) -> Result<(), Invalid> {
 async fn read_form(
     store: &Store,
     settings: &Settings,
+    project: &ProjectId,
     form: &mut Multipart,
 ) -> Result<(SpooledBlob, NewFile), ApiError> {
     let mut seen = Form::default();
     let read = read_fields(store, settings, form, &mut seen).await;
-    let complete = read.and_then(|()| new_file(&seen));
+    let complete = read.and_then(|()| new_file(project, &seen));
     match (complete, seen.file) {
         (Ok(new), Some((_, blob))) => Ok((blob, new)),
         (Ok(_), None) => Err(missing("file", "the content, as a form field with a file name")),
@@ -182,7 +188,7 @@ async fn read_fields(
 }
 
 /// Judges the form as a whole.
-fn new_file(seen: &Form) -> Result<NewFile, ApiError> {
+fn new_file(project: &ProjectId, seen: &Form) -> Result<NewFile, ApiError> {
     let purpose = seen.purpose.clone().ok_or_else(|| missing("purpose", "what the file is for, such as fine-tune"))?;
     let filename = seen.file.as_ref().map(|(name, _)| name.clone()).unwrap_or_default();
     if let Some((_, blob)) = &seen.file {
@@ -193,7 +199,7 @@ fn new_file(seen: &Form) -> Result<NewFile, ApiError> {
             check_format(&filename, "file")?;
         }
     }
-    Ok(NewFile { filename, purpose, expires_after: life(seen)? })
+    Ok(NewFile { project: project.clone(), filename, purpose, expires_after: life(seen)? })
 }
 
 fn life(seen: &Form) -> Result<Option<Duration>, ApiError> {

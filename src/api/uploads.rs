@@ -11,13 +11,14 @@ use utoipa::ToSchema;
 
 use super::{
     Api, ApiError, ErrorEnvelope,
+    access::Caller,
     error::excerpt,
     extract::{Id, JsonBody, Pairs, no_such_cursor},
     files::{FileObject, no_form},
     upload,
 };
 use crate::{
-    domain::{Invalid, PartId, UploadId, fields::Fields},
+    domain::{Invalid, PartId, ProjectId, UploadId, fields::Fields},
     store::{
         files::{File, NewFile},
         uploads::{Added, Completion, MAX_PARTS, NewUpload, Part, Upload, UploadCancellation, UploadStatus},
@@ -142,8 +143,12 @@ pub struct PartList {
 /// It ends an hour after its last part unless it is completed before.
 #[utoipa::path(post, path = "/v1/uploads", tag = "uploads", request_body = CreateUpload,
     responses((status = 200, body = UploadObject), (status = 400, body = ErrorEnvelope), (status = 413, body = ErrorEnvelope)))]
-pub async fn create_upload(State(api): State<Api>, body: JsonBody) -> Result<Json<UploadObject>, ApiError> {
-    let new = new_upload(&api, &body)?;
+pub async fn create_upload(
+    State(api): State<Api>,
+    caller: Caller,
+    body: JsonBody,
+) -> Result<Json<UploadObject>, ApiError> {
+    let new = new_upload(&api, caller.project, &body)?;
     Ok(Json(shown(api.store.create_upload(&new).await?, None)))
 }
 
@@ -153,9 +158,9 @@ pub async fn create_upload(State(api): State<Api>, body: JsonBody) -> Result<Jso
         ("after" = Option<String>, Query, description = "Id of the last upload already seen."),
         ("limit" = Option<u32>, Query, minimum = 1, maximum = 1000, description = "Most uploads of the page; 100 if absent.")),
     responses((status = 200, body = UploadList), (status = 400, body = ErrorEnvelope)))]
-pub async fn list_uploads(State(api): State<Api>, pairs: Pairs) -> Result<Json<UploadList>, ApiError> {
+pub async fn list_uploads(State(api): State<Api>, caller: Caller, pairs: Pairs) -> Result<Json<UploadList>, ApiError> {
     let page = pairs.page::<UploadId>(DEFAULT_PAGE, MAX_PAGE)?;
-    let listed = api.store.list_uploads(&page).await?;
+    let listed = api.store.list_uploads(&caller.project, &page).await?;
     let listed = listed.ok_or_else(|| no_such_cursor(page.after.as_deref().unwrap_or_default()))?;
     let mut data = Vec::with_capacity(listed.rows.len());
     for upload in listed.rows {
@@ -295,7 +300,7 @@ pub async fn cancel_upload(State(api): State<Api>, Id(id): Id<UploadId>) -> Resu
     }
 }
 
-fn new_upload(api: &Api, body: &JsonBody) -> Result<NewUpload, ApiError> {
+fn new_upload(api: &Api, project: ProjectId, body: &JsonBody) -> Result<NewUpload, ApiError> {
     let fields = Fields::root(&body.value)?;
     fields.only(&["filename", "purpose", "bytes", "mime_type", "expires_after"])?;
     let needed = |name: &str| {
@@ -323,7 +328,7 @@ fn new_upload(api: &Api, body: &JsonBody) -> Result<NewUpload, ApiError> {
             life.whole("seconds", upload::LIFE_SECONDS)?.map(Duration::from_secs)
         }
     };
-    let file = NewFile { filename, purpose: purpose.to_owned(), expires_after };
+    let file = NewFile { project, filename, purpose: purpose.to_owned(), expires_after };
     Ok(NewUpload { file, mime_type: mime_type.to_owned(), bytes })
 }
 

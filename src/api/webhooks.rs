@@ -7,6 +7,7 @@ use utoipa::ToSchema;
 
 use super::{
     Api, ApiError, ErrorEnvelope,
+    access::Caller,
     error::excerpt,
     extract::{Id, JsonBody, Pairs, no_such_cursor},
 };
@@ -93,13 +94,17 @@ pub struct WebhookDeleted {
 /// the same id, ten times over three days; one may come twice.
 #[utoipa::path(post, path = "/v1/webhook_endpoints", tag = "webhooks", request_body = CreateWebhook,
     responses((status = 200, body = WebhookObject), (status = 400, body = ErrorEnvelope), (status = 409, body = ErrorEnvelope)))]
-pub async fn create_webhook(State(api): State<Api>, body: JsonBody) -> Result<Json<WebhookObject>, ApiError> {
+pub async fn create_webhook(
+    State(api): State<Api>,
+    caller: Caller,
+    body: JsonBody,
+) -> Result<Json<WebhookObject>, ApiError> {
     let fields = Fields::root(&body.value)?;
     fields.only(&["name", "url", "event_types"])?;
     let name = fields.text("name", 0..=MAX_NAME)?.unwrap_or_default();
     let (url, events) = (url(&fields)?, events(&fields)?);
     let secret = secret();
-    let Some(webhook) = api.store.create_webhook(name, url, &events, &secret).await? else {
+    let Some(webhook) = api.store.create_webhook(&caller.project, name, url, &events, &secret).await? else {
         let message = format!("there are {MAX_WEBHOOKS} webhooks, as many as may be: delete one first");
         return Err(ApiError::conflict("too_many_webhooks", message));
     };
@@ -112,9 +117,13 @@ pub async fn create_webhook(State(api): State<Api>, body: JsonBody) -> Result<Js
         ("after" = Option<String>, Query, description = "Id of the last receiver already seen."),
         ("limit" = Option<u32>, Query, minimum = 1, maximum = 100, description = "Most receivers of the page; 20 if absent.")),
     responses((status = 200, body = WebhookList), (status = 400, body = ErrorEnvelope)))]
-pub async fn list_webhooks(State(api): State<Api>, pairs: Pairs) -> Result<Json<WebhookList>, ApiError> {
+pub async fn list_webhooks(
+    State(api): State<Api>,
+    caller: Caller,
+    pairs: Pairs,
+) -> Result<Json<WebhookList>, ApiError> {
     let page = pairs.page::<WebhookId>(DEFAULT_PAGE, MAX_PAGE)?;
-    let all = api.store.webhooks().await?;
+    let all = api.store.webhooks(&caller.project).await?;
     // There are few: one query finds them all.
     let from = match &page.after {
         None => 0,
@@ -131,8 +140,12 @@ pub async fn list_webhooks(State(api): State<Api>, pairs: Pairs) -> Result<Json<
 #[utoipa::path(get, path = "/v1/webhook_endpoints/{webhook_endpoint_id}", tag = "webhooks",
     params(("webhook_endpoint_id" = String, Path)),
     responses((status = 200, body = WebhookObject), (status = 404, body = ErrorEnvelope)))]
-pub async fn retrieve_webhook(State(api): State<Api>, Id(id): Id<WebhookId>) -> Result<Json<WebhookObject>, ApiError> {
-    let found = api.store.webhooks().await?.into_iter().find(|webhook| webhook.id == id);
+pub async fn retrieve_webhook(
+    State(api): State<Api>,
+    caller: Caller,
+    Id(id): Id<WebhookId>,
+) -> Result<Json<WebhookObject>, ApiError> {
+    let found = api.store.webhooks(&caller.project).await?.into_iter().find(|webhook| webhook.id == id);
     found.map(|webhook| Json(webhook.into())).ok_or_else(|| ApiError::not_found("webhook", id.as_str()))
 }
 

@@ -1,11 +1,6 @@
 //! `longhaul serve` and `longhaul execute`: the database, the API and the executor put together, until a signal.
 
-use std::{
-    ffi::OsString,
-    io,
-    net::SocketAddr,
-    path::{Path, PathBuf},
-};
+use std::{ffi::OsString, io, net::SocketAddr, path::PathBuf};
 
 use tokio::{
     net::TcpListener,
@@ -14,13 +9,11 @@ use tokio::{
 };
 use tokio_util::sync::CancellationToken;
 
+use super::database::{self, Held, absolute};
 use crate::{
     api::{self, metrics::Metrics},
     config, executor,
-    store::{
-        self, Store,
-        private::{self, Durability, Postgres, Search},
-    },
+    store::{self, Store},
     webhooks,
 };
 
@@ -32,8 +25,8 @@ const BULK_CONNECTIONS: u32 = 12;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     #[error(
-        "--listen {0} can be reached from other hosts, and nobody needs a key yet: listen on 127.0.0.1, or pass \
-         --open-to-all where a network or a proxy keeps strangers out"
+        "--listen {0} can be reached from other hosts, and nobody needs a key yet: make one with `longhaul keys create`, \
+         listen on 127.0.0.1, or pass --open-to-all where a network or a proxy keeps strangers out"
     )]
     OpenToAll(SocketAddr),
     #[error("--listen {address}: {source}")]
@@ -42,9 +35,9 @@ pub enum Error {
     Metrics { address: SocketAddr, source: io::Error },
     #[error("--data {path}: {source}")]
     Data { path: PathBuf, source: io::Error },
-    #[error("the private Postgres: {0}")]
-    Postgres(#[from] private::Error),
-    #[error("the store: {}", one_line(.0))]
+    #[error(transparent)]
+    Database(#[from] database::Error),
+    #[error("the store: {}", database::one_line(.0))]
     Store(#[from] store::Error),
     #[error("the executor: {0}")]
     Executor(#[from] executor::Error),
@@ -52,31 +45,16 @@ pub enum Error {
     System(#[from] io::Error),
 }
 
-fn one_line(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(Some(error), |error| error.source());
-    let text = causes.map(ToString::to_string).collect::<Vec<_>>().join(": ");
-    text.split_whitespace().collect::<Vec<_>>().join(" ")
-}
-
 /// Serves the API until SIGTERM or an interrupt. `path` is where Postgres' programs are looked for first.
 pub fn run(args: &config::Serve, path: OsString) -> Result<(), Error> {
-    if !args.listen.ip().is_loopback() && !args.open_to_all {
-        return Err(Error::OpenToAll(args.listen));
-    }
     let data = &args.places.data;
     std::fs::create_dir_all(data).map_err(|source| Error::Data { path: data.clone(), source })?;
     let runtime = Runtime::new()?;
     let stop = runtime.block_on(async { stop_on_signals() })?;
-    let postgres = match &args.database_url {
-        Some(_) => None,
-        None => Some(Postgres::start(&private_postgres(args, path))?),
-    };
-    let url = args.database_url.clone().or_else(|| postgres.as_ref().map(Postgres::url)).unwrap_or_default();
-    let served = runtime.block_on(serve(args, url, stop));
+    let database = Held::open(&args.database, data, path)?;
+    let served = runtime.block_on(serve(args, database.url(), stop));
     runtime.shutdown_timeout(std::time::Duration::from_secs(5));
-    if let Some(postgres) = postgres {
-        postgres.stop();
-    }
+    database.close();
     served
 }
 
@@ -96,13 +74,21 @@ pub fn execute(args: &config::Execute) -> Result<(), Error> {
 async fn serve(args: &config::Serve, database_url: String, stop: CancellationToken) -> Result<(), Error> {
     let store = Store::connect(&store_settings(&args.places, database_url)).await?;
     store.migrate().await?;
+    let closed = args.require_keys || args.open_to_all || args.listen.ip().is_loopback();
+    if !closed && !store.has_keys().await? {
+        return Err(Error::OpenToAll(args.listen));
+    }
     let listener =
         TcpListener::bind(args.listen).await.map_err(|source| Error::Listen { address: args.listen, source })?;
     let address = listener.local_addr()?;
     // Whoever started us with port 0 learns the address from this line.
     tracing::info!(%address, "serving on http://{address}");
     let metrics = Metrics::default();
-    let settings = api::Settings { max_upload_bytes: args.max_upload_bytes, metrics: metrics.clone() };
+    let settings = api::Settings {
+        max_upload_bytes: args.max_upload_bytes,
+        metrics: metrics.clone(),
+        require_keys: args.require_keys,
+    };
     let watched = watched(args.metrics, store.clone(), metrics, stop.clone()).await?;
     // Whatever ends first takes the other one with it.
     let api = async {
@@ -171,15 +157,6 @@ fn stop_on_signals() -> io::Result<CancellationToken> {
     Ok(stop)
 }
 
-fn private_postgres(args: &config::Serve, path: OsString) -> private::Settings {
-    private::Settings {
-        folder: absolute(&args.places.data),
-        search: Search { folder: args.postgres_bin.clone(), path },
-        account: args.postgres_user.clone(),
-        durability: Durability::Durable,
-    }
-}
-
 fn store_settings(places: &config::Places, database_url: String) -> store::Settings {
     store::Settings {
         database_url,
@@ -218,9 +195,4 @@ fn hub_settings(args: &config::Hub) -> executor::HubSettings {
 
 fn own_name() -> String {
     rustix::system::uname().nodename().to_string_lossy().into_owned()
-}
-
-/// Trainers work in folders of their own, so no path may hang on the current one.
-fn absolute(path: &Path) -> PathBuf {
-    std::path::absolute(path).unwrap_or_else(|_| path.to_owned())
 }

@@ -34,11 +34,13 @@ pub const LONG: Duration = Duration::from_mins(15);
 const MAX_ANSWER_BYTES: u64 = 64 << 20;
 
 /// A connection to one server.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Client {
     agent: Agent,
     /// `http://host:port`, without a slash at its end.
     server: String,
+    /// What `Authorization` says, where there is a key.
+    bearer: Option<String>,
 }
 
 impl Client {
@@ -61,7 +63,16 @@ impl Client {
             .timeout_recv_response(Some(ANSWER))
             .user_agent(concat!("longhaul/", env!("CARGO_PKG_VERSION")))
             .build();
-        Ok(Self { agent: config.into(), server: server.to_owned() })
+        Ok(Self { agent: config.into(), server: server.to_owned(), bearer: None })
+    }
+
+    /// The same with a key, which goes with every request.
+    pub fn with_key(self, key: Option<&str>) -> Result<Self> {
+        let plain = |key: &&str| !key.is_empty() && key.bytes().all(|b| b.is_ascii_graphic());
+        if key.is_some_and(|key| !plain(&key)) {
+            return Err(Failure::Usage("--api-key must be a key as `longhaul keys create` prints it".to_owned()));
+        }
+        Ok(Self { bearer: key.map(|key| format!("Bearer {key}")), ..self })
     }
 
     /// The address as it is shown to people.
@@ -90,8 +101,12 @@ impl Client {
         path: &str,
         with: impl FnOnce(RequestBuilder<WithoutBody>) -> RequestBuilder<WithoutBody>,
     ) -> Result<Response<Body>> {
-        let request = with(self.agent.get(format!("{}{path}", self.server)));
-        self.accepted(request.call())
+        let request = self.agent.get(format!("{}{path}", self.server));
+        let request = match &self.bearer {
+            Some(bearer) => request.header("authorization", bearer),
+            None => request,
+        };
+        self.accepted(with(request).call())
     }
 
     /// `POST path` with a JSON body, tried again for up to [`SHORT`]: `key` tells the server that it is the same request.
@@ -131,7 +146,11 @@ impl Client {
     }
 
     fn request(&self, path: &str) -> RequestBuilder<WithBody> {
-        self.agent.post(format!("{}{path}", self.server))
+        let request = self.agent.post(format!("{}{path}", self.server));
+        match &self.bearer {
+            Some(bearer) => request.header("authorization", bearer),
+            None => request,
+        }
     }
 
     /// Failures of the wire and refusals, out of the way.

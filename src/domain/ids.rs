@@ -8,19 +8,34 @@ const ALPHABET: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmn
 const LENGTH: usize = 24;
 
 /// `LENGTH` characters of base 62 from the operating system's randomness.
+pub fn random_suffix() -> String {
+    random_text(LENGTH)
+}
+
+/// So many characters of base 62 from the operating system's randomness.
 ///
 /// # Panics
 /// When the operating system has no randomness to give, where nothing safe can be done.
-pub fn random_suffix() -> String {
-    let mut out = String::with_capacity(LENGTH);
+pub fn random_text(length: usize) -> String {
+    let mut out = String::with_capacity(length);
     let mut bytes = [0u8; 64];
-    while out.len() < LENGTH {
+    while out.len() < length {
         getrandom::fill(&mut bytes).expect("the operating system gives random bytes");
         // 248 = 4 * 62: bytes above it would make some characters more likely than others.
         let fair = bytes.iter().filter(|b| **b < 248).map(|b| char::from(ALPHABET[usize::from(*b) % 62]));
-        out.extend(fair.take(LENGTH - out.len()));
+        out.extend(fair.take(length - out.len()));
     }
     out
+}
+
+/// A number as so many digits of base 62, the last ones of it.
+pub fn base62(mut number: u64, digits: usize) -> String {
+    let mut out = vec!['0'; digits];
+    for digit in out.iter_mut().rev() {
+        *digit = char::from(ALPHABET[(number % 62) as usize]);
+        number /= 62;
+    }
+    out.into_iter().collect()
 }
 
 macro_rules! id {
@@ -72,4 +87,6 @@ id!(/** One event of a job. */ EventId, "ftevent-");
 id!(/** One checkpoint of a job. */ CheckpointId, "ftckpt_");
 id!(/** A project's permission to use a checkpoint. */ PermissionId, "cp_");
 id!(/** A receiver of webhooks. */ WebhookId, "whe_");
+id!(/** A project, to which files, jobs and keys belong. */ ProjectId, "proj_");
+id!(/** A key, as lists name it; the key itself is a secret. */ KeyId, "key_");
 id!(/** One running executor process; new at every start. */ ExecutorId, "exec-");

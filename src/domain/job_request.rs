@@ -28,6 +28,10 @@ pub const REQUEST_FIELDS: [&str; 10] = [
 pub const MORE_FILES: [&str; 2] = ["additional_training_files", "additional_validation_files"];
 /// Most files in one of the lists.
 pub const MAX_ADDITIONAL_FILES: usize = 1000;
+/// Under `training`: which of the project's jobs is earlier.
+pub const PRIORITY: &str = "priority";
+/// Highest priority.
+const MAX_PRIORITY: u64 = 100;
 const MAX_MODEL_NAME: usize = 256;
 const MAX_SUFFIX: usize = 64;
 const MAX_METADATA_PAIRS: usize = 16;
@@ -46,6 +50,8 @@ pub struct JobRequest {
     /// An object of strings.
     pub metadata: Option<Value>,
     pub training: TrainingSpec,
+    /// Higher is earlier, among the project's jobs; 0 where nothing was said.
+    pub priority: i32,
     /// False when the seed is for the caller to choose.
     pub seed_given: bool,
 }
@@ -72,7 +78,7 @@ impl JobRequest {
         fields.only(&REQUEST_FIELDS)?;
         let training = fields.object("training")?;
         if let Some(training) = &training {
-            let known: Vec<&str> = TRAINING_FIELDS.into_iter().chain(MORE_FILES).collect();
+            let known: Vec<&str> = TRAINING_FIELDS.into_iter().chain(MORE_FILES).chain([PRIORITY]).collect();
             training.only(&known)?;
         }
         let model = fields.text("model", 1..=MAX_MODEL_NAME)?;
@@ -86,6 +92,10 @@ impl JobRequest {
             let message = "integrations are not offered: leave the list out and follow the job's events instead";
             return Err(Invalid::with_code("unsupported_parameter", "integrations", message));
         }
+        let priority = match &training {
+            Some(training) => training.whole(PRIORITY, 0..=MAX_PRIORITY)?,
+            None => None,
+        };
         let resolved = hyperparameters::resolve(&fields)?;
         if resolved.training.evaluation_interval.is_some() && validation_files.is_empty() {
             let message = "training.evaluation_interval needs a validation_file to evaluate on";
@@ -98,6 +108,7 @@ impl JobRequest {
             suffix: suffix(&fields)?,
             metadata: metadata(&fields)?,
             training: resolved.training,
+            priority: priority.unwrap_or_default() as i32,
             seed_given: resolved.seed_given,
         })
     }

@@ -2,6 +2,7 @@
 //!
 //! Pure types and checks. Nothing here opens a file, a socket or a database, and nothing of ours is imported.
 
+pub mod access;
 pub mod attention_workspace;
 pub mod event;
 pub mod fields;
@@ -20,10 +21,14 @@ pub mod progress;
 pub mod run;
 pub mod training;
 
+pub use access::Scope;
 pub use event::{Event, Level};
 pub use hex::hex;
 pub use hub_name::HubName;
-pub use ids::{CheckpointId, EventId, ExecutorId, FileId, JobId, PartId, PermissionId, PlanId, UploadId, WebhookId};
+pub use ids::{
+    CheckpointId, EventId, ExecutorId, FileId, JobId, KeyId, PartId, PermissionId, PlanId, ProjectId, UploadId,
+    WebhookId,
+};
 pub use invalid::Invalid;
 pub use job::JobStatus;
 pub use job_request::JobRequest;

@@ -50,7 +50,7 @@ pub(super) async fn gather(
         if !all(context, job, |answer| answer.taken).await? {
             return Ok(None);
         }
-        let claimed = work::claim_called(context, job).await;
+        let claimed = work::claim_called(context, job, seat.ranks.world()).await;
         if let Some((claim, _)) = &claimed {
             context.store.begin_calls(job, &context.id, claim.epoch).await?;
         }

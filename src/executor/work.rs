@@ -152,7 +152,7 @@ fn finished<T>(ended: Result<(Id, T), JoinError>) -> (Id, T) {
 async fn take_inspection(context: &Context) -> Option<Taken> {
     let devices = context.devices.borrow().clone();
     let free = devices.free([]);
-    let (claim, asked) = claim(context, Work::Inspect, &devices.wishes(&free), None).await?;
+    let (claim, asked) = claim(context, Work::Inspect, &devices.wishes(&free), (None, 1)).await?;
     if let Some(seat) = desk(context, &claim).await {
         return Some(Taken { claim, seat, asked });
     }
@@ -206,7 +206,7 @@ async fn take_training(
     }
     let names = model_names(context);
     let looked = async {
-        let queued = context.store.queued_jobs(&claimant(context, &names, &wishes, None)).await?;
+        let queued = context.store.queued_jobs(&claimant(context, &names, &wishes, (None, 1))).await?;
         let hosts = if queued.is_empty() { Vec::new() } else { context.store.live_hosts().await? };
         Ok::<_, Error>((queued, hosts))
     };
@@ -232,7 +232,7 @@ async fn take_training(
     if !seat.others.is_empty() {
         return Some(Training::Leading(job, Box::new(seat)));
     }
-    let (claim, asked) = claim(context, Work::Train, &wishes, Some(&job)).await?;
+    let (claim, asked) = claim(context, Work::Train, &wishes, (Some(&job), seat.ranks.world())).await?;
     Some(Training::Claimed(Box::new(Taken { claim, seat, asked })))
 }
 
@@ -243,9 +243,13 @@ fn situation(context: &Context, devices: Devices, free: Free, resting: Vec<usize
 }
 
 /// Claims a job for which other hosts have taken their ranks.
-pub(super) async fn claim_called(context: &Context, job: &JobId) -> Option<(Claim, std::time::Instant)> {
+pub(super) async fn claim_called(
+    context: &Context,
+    job: &JobId,
+    devices_taken: u64,
+) -> Option<(Claim, std::time::Instant)> {
     let devices = context.devices.borrow().clone();
-    claim(context, Work::Train, &devices.wishes(&devices.free([])), Some(job)).await
+    claim(context, Work::Train, &devices.wishes(&devices.free([])), (Some(job), devices_taken)).await
 }
 
 pub(super) fn model_names(context: &Context) -> Vec<String> {
@@ -262,7 +266,7 @@ async fn claim(
     context: &Context,
     work: Work,
     wishes: &[String],
-    only: Option<&JobId>,
+    only: (Option<&JobId>, u64),
 ) -> Option<(Claim, std::time::Instant)> {
     if wishes.is_empty() {
         return None;
@@ -287,7 +291,8 @@ fn claimant<'a>(
     context: &'a Context,
     models: &'a [String],
     devices: &'a [String],
-    only: Option<&'a JobId>,
+    (only, takes): (Option<&'a JobId>, u64),
 ) -> Claimant<'a> {
-    Claimant { executor: &context.id, lease: context.settings.lease, models, fetches: fetches(context), devices, only }
+    let fetches = fetches(context);
+    Claimant { executor: &context.id, lease: context.settings.lease, models, fetches, devices, takes, only }
 }

@@ -6,7 +6,7 @@ use sqlx::{PgConnection, types::Json};
 
 use super::{Error, Listed, Page, Store};
 use crate::domain::{
-    CheckpointId, JobId,
+    CheckpointId, JobId, ProjectId,
     progress::{WrittenCheckpoint, WrittenFile},
     training::Precision,
 };
@@ -56,8 +56,8 @@ pub enum Recorded {
     Stale,
 }
 
-/// Which files of a checkpoint.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Which files of a checkpoint; the greater set holds the other.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum FileSet {
     /// What a model is loaded from.
     Model,
@@ -131,16 +131,46 @@ impl Store {
         Ok(if fresh { Recorded::New(checkpoint) } else { Recorded::Before(checkpoint) })
     }
 
-    /// One checkpoint.
+    /// One checkpoint, whosever it is.
     pub async fn checkpoint(&self, id: &CheckpointId) -> Result<Option<Checkpoint>, Error> {
         let row = select_checkpoints!("WHERE id = $1", id.as_str()).fetch_optional(&self.pool).await?;
         row.map(Checkpoint::try_from).transpose()
     }
 
-    /// The checkpoint that a fine-tuned model's name stands for.
-    pub async fn checkpoint_of_model(&self, name: &str) -> Result<Option<Checkpoint>, Error> {
-        let row = select_checkpoints!("WHERE model_name = $1", name).fetch_optional(&self.pool).await?;
-        row.map(Checkpoint::try_from).transpose()
+    /// The checkpoint that a fine-tuned model's name stands for, if it is the project's own.
+    pub async fn own_model(&self, project: &ProjectId, name: &str) -> Result<Option<Checkpoint>, Error> {
+        let row = select_checkpoints!(
+            "WHERE model_name = $1 AND EXISTS (
+                SELECT 1 FROM jobs WHERE jobs.id = checkpoints.job_id AND project_id = $2)",
+            name,
+            project.as_str()
+        );
+        row.fetch_optional(&self.pool).await?.map(Checkpoint::try_from).transpose()
+    }
+
+    /// The checkpoint that a fine-tuned model's name stands for, if it is the project's own or was opened to it.
+    pub async fn open_model(&self, project: &ProjectId, name: &str) -> Result<Option<Checkpoint>, Error> {
+        let row = select_checkpoints!(
+            "WHERE model_name = $1 AND EXISTS (
+                SELECT 1 FROM jobs j WHERE j.id = checkpoints.job_id AND (j.project_id = $2 OR EXISTS (
+                    SELECT 1 FROM checkpoint_permissions p WHERE p.checkpoint_id = checkpoints.id AND p.project_id = $2)))",
+            name,
+            project.as_str()
+        );
+        row.fetch_optional(&self.pool).await?.map(Checkpoint::try_from).transpose()
+    }
+
+    /// Those checkpoints of a job that are the project's own or were opened to it, newest first.
+    pub async fn open_checkpoints(&self, project: &ProjectId, job: &JobId) -> Result<Vec<Checkpoint>, Error> {
+        let rows = select_checkpoints!(
+            "WHERE job_id = $1 AND EXISTS (
+                SELECT 1 FROM jobs j WHERE j.id = checkpoints.job_id AND (j.project_id = $2 OR EXISTS (
+                    SELECT 1 FROM checkpoint_permissions p WHERE p.checkpoint_id = checkpoints.id AND p.project_id = $2)))
+             ORDER BY seq DESC",
+            job.as_str(),
+            project.as_str()
+        );
+        rows.fetch_all(&self.pool).await?.into_iter().map(Checkpoint::try_from).collect()
     }
 
     /// The checkpoint of a job that went furthest: where a resumed run goes on.
@@ -176,9 +206,15 @@ impl Store {
         Ok(Some(page.listed(checkpoints)))
     }
 
-    /// The results of all jobs, newest first, at most `limit`.
-    pub async fn fine_tuned_models(&self, limit: u32) -> Result<Vec<Checkpoint>, Error> {
-        let rows = select_checkpoints!("WHERE last ORDER BY seq DESC LIMIT $1", i64::from(limit));
+    /// The results of the project's jobs and every checkpoint that was opened to it, newest first, at most `limit`.
+    pub async fn fine_tuned_models(&self, project: &ProjectId, limit: u32) -> Result<Vec<Checkpoint>, Error> {
+        let rows = select_checkpoints!(
+            "WHERE (last AND EXISTS (SELECT 1 FROM jobs WHERE jobs.id = checkpoints.job_id AND project_id = $2))
+                OR id IN (SELECT checkpoint_id FROM checkpoint_permissions WHERE project_id = $2)
+             ORDER BY seq DESC LIMIT $1",
+            i64::from(limit),
+            project.as_str()
+        );
         rows.fetch_all(&self.pool).await?.into_iter().map(Checkpoint::try_from).collect()
     }
 

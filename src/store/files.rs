@@ -10,9 +10,10 @@ use tokio::{fs, io::AsyncWriteExt};
 use super::{
     Error, Listed, Order, Page, Store,
     blobs::{self, SpooledBlob},
+    quotas,
     weights::ByteStream,
 };
-use crate::domain::{FileId, JobId, hex};
+use crate::domain::{FileId, JobId, ProjectId, hex};
 
 /// A blob that no file holds is an upload that ended early once it is this old. Uploads themselves are cut off sooner.
 pub const ORPHAN_AGE: Duration = Duration::from_hours(24);
@@ -39,6 +40,7 @@ pub struct File {
 /// What an upload says of its file beside the bytes.
 #[derive(Debug, Clone)]
 pub struct NewFile {
+    pub project: ProjectId,
     pub filename: String,
     pub purpose: String,
     /// Life of the file, where it has an end.
@@ -83,6 +85,11 @@ impl Store {
     /// Makes a file of a finished blob, in one transaction that also proves that every byte of the blob is there.
     pub async fn create_file(&self, blob: SpooledBlob, new: &NewFile) -> Result<File, Error> {
         let mut transaction = self.pool.begin().await?;
+        if let Err(error) = quotas::check_bytes(&mut transaction, &new.project, blob.bytes).await {
+            drop(transaction);
+            self.discard(blob).await?;
+            return Err(error);
+        }
         blobs::seal(&mut transaction, &blob).await?;
         let pieces = [(blob.id, blob.bytes)];
         let file = insert_file(&mut transaction, &pieces, &blob.sha256, new).await?;
@@ -96,12 +103,21 @@ impl Store {
         row.map(File::try_from).transpose()
     }
 
-    /// Files, those of one purpose only if it is given. `None` when `page.after` names no file.
-    pub async fn list_files(&self, page: &Page, purpose: Option<&str>) -> Result<Option<Listed<File>>, Error> {
+    /// Files of a project, those of one purpose only if it is given. `None` when `page.after` names none of them.
+    pub async fn list_files(
+        &self,
+        project: &ProjectId,
+        page: &Page,
+        purpose: Option<&str>,
+    ) -> Result<Option<Listed<File>>, Error> {
         let after = match &page.after {
             None => None,
             Some(id) => {
-                let seq = sqlx::query_scalar!("SELECT seq FROM files WHERE id = $1", id);
+                let seq = sqlx::query_scalar!(
+                    "SELECT seq FROM files WHERE id = $1 AND project_id = $2",
+                    id,
+                    project.as_str()
+                );
                 match seq.fetch_optional(&self.pool).await? {
                     None => return Ok(None),
                     seq => seq,
@@ -111,20 +127,24 @@ impl Store {
         let rows = match page.order {
             Order::NewestFirst => {
                 select_files!(
-                    "WHERE ($1::text IS NULL OR purpose = $1) AND ($2::bigint IS NULL OR seq < $2) ORDER BY seq DESC LIMIT $3",
+                    "WHERE project_id = $4 AND ($1::text IS NULL OR purpose = $1) AND ($2::bigint IS NULL OR seq < $2)
+                     ORDER BY seq DESC LIMIT $3",
                     purpose,
                     after,
                     page.fetch(),
+                    project.as_str(),
                 )
                 .fetch_all(&self.pool)
                 .await?
             }
             Order::OldestFirst => {
                 select_files!(
-                    "WHERE ($1::text IS NULL OR purpose = $1) AND ($2::bigint IS NULL OR seq > $2) ORDER BY seq LIMIT $3",
+                    "WHERE project_id = $4 AND ($1::text IS NULL OR purpose = $1) AND ($2::bigint IS NULL OR seq > $2)
+                     ORDER BY seq LIMIT $3",
                     purpose,
                     after,
                     page.fetch(),
+                    project.as_str(),
                 )
                 .fetch_all(&self.pool)
                 .await?
@@ -263,14 +283,15 @@ pub(super) async fn insert_file(
     let blobs: Vec<String> = pieces.iter().map(|(blob, _)| blob.clone()).collect();
     // Nothing is left to process: contents are read, and complained about, when a job is validated.
     sqlx::query!(
-        "INSERT INTO files (id, filename, purpose, bytes, sha256, status, expires_at)
-         VALUES ($1, $2, $3, $4, $5, 'processed', now() + make_interval(secs => $6))",
+        "INSERT INTO files (id, filename, purpose, bytes, sha256, status, expires_at, project_id)
+         VALUES ($1, $2, $3, $4, $5, 'processed', now() + make_interval(secs => $6), $7)",
         id.as_str(),
         new.filename,
         new.purpose,
         lengths.iter().sum::<i64>(),
         sha256,
         new.expires_after.map(|life| life.as_secs_f64()),
+        new.project.as_str(),
     )
     .execute(&mut *connection)
     .await?;

@@ -7,8 +7,8 @@ use std::time::Duration;
 use serde_json::Value;
 use sqlx::{PgConnection, types::Json};
 
-use super::{Error, Listed, Page, Store};
-use crate::domain::{Event, EventId, FileId, JobId, JobStatus, TrainingSpec};
+use super::{Error, Listed, Page, Store, quotas};
+use crate::domain::{Event, EventId, FileId, JobId, JobStatus, ProjectId, TrainingSpec};
 
 /// A create that a client sends again is taken for a replay while the first one is this young: two time-outs of 10
 /// minutes, as stock clients have them, less what nobody waits for.
@@ -18,6 +18,9 @@ const REPLAY_WINDOW: Duration = Duration::from_mins(15);
 #[derive(Debug, Clone, PartialEq)]
 pub struct Job {
     pub id: JobId,
+    pub project: ProjectId,
+    /// Higher is earlier, among the project's jobs.
+    pub priority: i32,
     pub status: JobStatus,
     /// Name of the base model, as asked.
     pub model: String,
@@ -49,7 +52,10 @@ pub struct Job {
 /// A job to be made, every value checked.
 #[derive(Debug, Clone)]
 pub struct NewJob {
+    pub project: ProjectId,
     pub model: String,
+    /// Higher is earlier, among the project's jobs.
+    pub priority: i32,
     /// All files in the order of training; at least one.
     pub training_files: Vec<FileId>,
     pub validation_files: Vec<FileId>,
@@ -97,6 +103,8 @@ pub enum MetadataFilter {
 
 struct Row {
     id: String,
+    project_id: String,
+    priority: i32,
     status: String,
     model: String,
     training_files: Vec<String>,
@@ -123,7 +131,7 @@ macro_rules! select_jobs {
     ($rest:literal $(, $argument:expr)* $(,)?) => {
         sqlx::query_as!(
             Row,
-            r#"SELECT id, status::text AS "status!", model, training_files, validation_files, request,
+            r#"SELECT id, project_id, priority, status::text AS "status!", model, training_files, validation_files, request,
                 training AS "training: Json<TrainingSpec>", suffix, seed, metadata, wanted, fine_tuned_model,
                 result_file, trained_tokens, error, progress,
                 extract(epoch FROM created_at)::bigint AS "created_at!",
@@ -140,7 +148,7 @@ impl Store {
     /// Makes a job, unless an earlier try of the same request did; then that one is the answer.
     pub async fn create_job(&self, new: &NewJob) -> Result<Created, Error> {
         let mut transaction = self.pool.begin().await?;
-        match replayed(&mut transaction, &new.attempt).await? {
+        match replayed(&mut transaction, &new.project, &new.attempt).await? {
             Replay::First => {}
             Replay::Of(job) => return Ok(Created::Job(job)),
             Replay::KeyReused => return Ok(Created::KeyReused),
@@ -148,6 +156,7 @@ impl Store {
         if let Some(id) = lock_files(&mut transaction, new).await? {
             return Ok(Created::NoSuchFile(id));
         }
+        quotas::check_job(&mut transaction, &new.project).await?;
         let id = JobId::random();
         insert(&mut transaction, &id, new).await?;
         for note in &new.notes {
@@ -164,12 +173,18 @@ impl Store {
         row.map(Job::try_from).transpose()
     }
 
-    /// Jobs, newest first. `None` when `page.after` names no job.
-    pub async fn list_jobs(&self, page: &Page, metadata: &MetadataFilter) -> Result<Option<Listed<Job>>, Error> {
+    /// Jobs of a project, newest first. `None` when `page.after` names none of them.
+    pub async fn list_jobs(
+        &self,
+        project: &ProjectId,
+        page: &Page,
+        metadata: &MetadataFilter,
+    ) -> Result<Option<Listed<Job>>, Error> {
         let before = match &page.after {
             None => i64::MAX,
             Some(id) => {
-                let seq = sqlx::query_scalar!("SELECT seq FROM jobs WHERE id = $1", id);
+                let seq =
+                    sqlx::query_scalar!("SELECT seq FROM jobs WHERE id = $1 AND project_id = $2", id, project.as_str());
                 match seq.fetch_optional(&self.pool).await? {
                     None => return Ok(None),
                     Some(seq) => seq,
@@ -182,12 +197,13 @@ impl Store {
             MetadataFilter::Holds(pairs) => (false, Some(pairs)),
         };
         let rows = select_jobs!(
-            "WHERE seq < $1 AND (NOT $2::boolean OR metadata IS NULL) AND ($3::jsonb IS NULL OR metadata @> $3)
+            "WHERE project_id = $5 AND seq < $1 AND (NOT $2::boolean OR metadata IS NULL) AND ($3::jsonb IS NULL OR metadata @> $3)
              ORDER BY seq DESC LIMIT $4",
             before,
             absent,
             holds,
             page.fetch(),
+            project.as_str(),
         )
         .fetch_all(&self.pool)
         .await?;
@@ -202,20 +218,27 @@ enum Replay {
     KeyReused,
 }
 
-/// Looks for an earlier try. Tries of one request wait for one another here, so that a second one sent while the first
-/// is under way finds its job.
-async fn replayed(connection: &mut PgConnection, attempt: &Attempt) -> Result<Replay, Error> {
-    let same = attempt.idempotency_key.as_deref().unwrap_or(&attempt.body_sha256);
+/// Looks for an earlier try of the same project. Tries of one request wait for one another here, so that a second one sent
+/// while the first is under way finds its job.
+async fn replayed(connection: &mut PgConnection, project: &ProjectId, attempt: &Attempt) -> Result<Replay, Error> {
+    let same = format!("{project} {}", attempt.idempotency_key.as_deref().unwrap_or(&attempt.body_sha256));
+    let project = project.as_str();
     sqlx::query!("SELECT pg_advisory_xact_lock(hashtextextended($1, 0))", same).execute(&mut *connection).await?;
     if let Some(key) = &attempt.idempotency_key {
-        let body = sqlx::query_scalar!("SELECT request_sha256 FROM jobs WHERE idempotency_key = $1", key)
-            .fetch_optional(&mut *connection)
-            .await?;
+        let body = sqlx::query_scalar!(
+            "SELECT request_sha256 FROM jobs WHERE project_id = $2 AND idempotency_key = $1",
+            key,
+            project
+        )
+        .fetch_optional(&mut *connection)
+        .await?;
         return Ok(match body {
             None => Replay::First,
             Some(body) if body.as_ref() != Some(&attempt.body_sha256) => Replay::KeyReused,
             Some(_) => {
-                let row = select_jobs!("WHERE idempotency_key = $1", key).fetch_one(&mut *connection).await?;
+                let row = select_jobs!("WHERE project_id = $2 AND idempotency_key = $1", key, project)
+                    .fetch_one(&mut *connection)
+                    .await?;
                 Replay::Of(Box::new(row.try_into()?))
             }
         });
@@ -224,10 +247,11 @@ async fn replayed(connection: &mut PgConnection, attempt: &Attempt) -> Result<Re
         return Ok(Replay::First);
     }
     let row = select_jobs!(
-        "WHERE request_sha256 = $1 AND idempotency_key IS NULL AND created_at > now() - make_interval(secs => $2)
+        "WHERE project_id = $3 AND request_sha256 = $1 AND idempotency_key IS NULL AND created_at > now() - make_interval(secs => $2)
          ORDER BY seq DESC LIMIT 1",
         attempt.body_sha256,
         REPLAY_WINDOW.as_secs_f64(),
+        project,
     )
     .fetch_optional(&mut *connection)
     .await?;
@@ -237,13 +261,17 @@ async fn replayed(connection: &mut PgConnection, attempt: &Attempt) -> Result<Re
     })
 }
 
-/// Locks the files against deletion until the job is there to protect them; names the first that does not exist.
+/// Locks the files against deletion until the job is there to protect them; names the first that the project does not have.
 async fn lock_files(connection: &mut PgConnection, new: &NewJob) -> Result<Option<FileId>, Error> {
     let wanted: Vec<&FileId> = new.training_files.iter().chain(&new.validation_files).collect();
     let ids: Vec<String> = wanted.iter().map(ToString::to_string).collect();
-    let found = sqlx::query_scalar!("SELECT id FROM files WHERE id = ANY ($1) ORDER BY id FOR KEY SHARE", &ids)
-        .fetch_all(connection)
-        .await?;
+    let found = sqlx::query_scalar!(
+        "SELECT id FROM files WHERE id = ANY ($1) AND project_id = $2 ORDER BY id FOR KEY SHARE",
+        &ids,
+        new.project.as_str()
+    )
+    .fetch_all(connection)
+    .await?;
     Ok(wanted.into_iter().find(|id| !found.iter().any(|f| f == id.as_str())).cloned())
 }
 
@@ -251,8 +279,8 @@ async fn insert(connection: &mut PgConnection, id: &JobId, new: &NewJob) -> Resu
     let texts = |ids: &[FileId]| ids.iter().map(ToString::to_string).collect::<Vec<_>>();
     sqlx::query!(
         "INSERT INTO jobs (id, model, training_file, validation_file, training_files, validation_files, request,
-            training, suffix, seed, metadata, request_sha256, idempotency_key)
-         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13)",
+            training, suffix, seed, metadata, request_sha256, idempotency_key, project_id, priority)
+         VALUES ($1, $2, $3, $4, $5, $6, $7, $8, $9, $10, $11, $12, $13, $14, $15)",
         id.as_str(),
         new.model,
         new.training_files.first().map(FileId::as_str),
@@ -266,6 +294,8 @@ async fn insert(connection: &mut PgConnection, id: &JobId, new: &NewJob) -> Resu
         new.metadata,
         new.attempt.body_sha256,
         new.attempt.idempotency_key,
+        new.project.as_str(),
+        new.priority,
     )
     .execute(connection)
     .await?;
@@ -308,6 +338,8 @@ impl TryFrom<Row> for Job {
         let files = |ids: Vec<String>| ids.iter().map(|id| super::stored_id(id)).collect::<Result<Vec<FileId>, _>>();
         Ok(Self {
             id: super::stored_id(&row.id)?,
+            project: super::stored_id(&row.project_id)?,
+            priority: row.priority,
             status: stored_status(&row.status)?,
             model: row.model,
             training_files: files(row.training_files)?,

@@ -19,11 +19,14 @@ pub mod files;
 pub mod gauges;
 pub mod hosts;
 pub mod jobs;
+pub mod keys;
 mod page;
 pub mod permissions;
 pub mod plans;
 pub mod private;
+pub mod projects;
 pub mod queue;
+pub mod quotas;
 pub mod results;
 pub mod retention;
 pub mod steer;
@@ -137,6 +140,9 @@ pub enum Error {
     /// The schema could not be brought up to date.
     #[error("the schema could not be migrated")]
     Migrate(#[from] sqlx::migrate::MigrateError),
+    /// A limit of the project does not allow it.
+    #[error(transparent)]
+    Quota(#[from] quotas::Exceeded),
     /// The object store failed.
     #[error("the object store failed")]
     Weights(#[from] object_store::Error),

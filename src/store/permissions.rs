@@ -1,4 +1,4 @@
-//! Projects to which checkpoints were opened: rows and no more.
+//! Projects to which checkpoints were opened: they may look at the model and download it (`checkpoints.rs`).
 
 use super::{Error, Listed, Order, Page, Store};
 use crate::domain::{CheckpointId, PermissionId};

@@ -6,7 +6,7 @@ use serde_json::Value;
 use sqlx::types::Json;
 
 use super::{Error, Store};
-use crate::domain::{FileId, Invalid, PlanId, TrainingSpec, hub_name, progress::DataSummary};
+use crate::domain::{FileId, Invalid, PlanId, ProjectId, TrainingSpec, hub_name, progress::DataSummary};
 
 /// A plan older than this is deleted.
 const LIFE: Duration = Duration::from_hours(24);
@@ -16,6 +16,7 @@ const MOST_HOLDS: i64 = 3;
 /// What is to be planned, every value checked.
 #[derive(Debug, Clone, PartialEq)]
 pub struct NewPlan {
+    pub project: ProjectId,
     pub model: String,
     pub training_files: Vec<FileId>,
     pub validation_files: Vec<FileId>,
@@ -56,14 +57,15 @@ impl Store {
             .await?;
         let texts = |ids: &[FileId]| ids.iter().map(ToString::to_string).collect::<Vec<_>>();
         sqlx::query!(
-            "WITH new AS (INSERT INTO plans (id, model, training_files, validation_files, training)
-                VALUES ($1, $2, $3, $4, $5) RETURNING id)
+            "WITH new AS (INSERT INTO plans (id, model, training_files, validation_files, training, project_id)
+                VALUES ($1, $2, $3, $4, $5, $6) RETURNING id)
              SELECT pg_notify('jobs', id) FROM new",
             id.as_str(),
             plan.model,
             &texts(&plan.training_files),
             &texts(&plan.validation_files),
             Json(&plan.training) as _,
+            plan.project.as_str(),
         )
         .fetch_one(&self.pool)
         .await?;
@@ -123,7 +125,7 @@ impl Store {
                 ORDER BY created_at LIMIT 1 FOR UPDATE SKIP LOCKED)
                UPDATE plans SET epoch = epoch + 1, taken_until = now() + make_interval(secs => $2)
                FROM next WHERE plans.id = next.id
-               RETURNING plans.id, epoch, model, training_files, validation_files,
+               RETURNING plans.id, project_id, epoch, model, training_files, validation_files,
                     training AS "training: Json<TrainingSpec>", extract(epoch FROM created_at)::bigint AS "created_at!""#,
             models,
             lease.as_secs_f64(),
@@ -137,6 +139,7 @@ impl Store {
         let files = |ids: Vec<String>| ids.iter().map(|id| super::stored_id(id)).collect::<Result<Vec<FileId>, _>>();
         let taken = row.map(|row| {
             let plan = NewPlan {
+                project: super::stored_id(&row.project_id)?,
                 model: row.model,
                 training_files: files(row.training_files)?,
                 validation_files: files(row.validation_files)?,

@@ -57,6 +57,8 @@ pub struct Claimant<'a> {
     /// What it has for the wishes of jobs: `cpu`, `cuda`, and [`ANY_DEVICE`] for those that
     /// [`TrainingSpec::wanted_device`] leaves open.
     pub devices: &'a [String],
+    /// How many devices a job would train on.
+    pub takes: u64,
     /// The one job to take, where it was chosen among [`Store::queued_jobs`].
     pub only: Option<&'a JobId>,
 }
@@ -123,16 +125,24 @@ struct Row {
 }
 
 impl Store {
-    /// Jobs that wait for training and that the claimant can do, the next first; not more than somebody would look through, and
+    /// Jobs that wait for training and that the claimant can do, the next first. Projects take turns: that which trains on the
+    /// fewest devices is next, then that whose last turn is longest ago; its second job counts as if its first were running. Not more than somebody would look through, and
     /// without those for which an executor calls others just now.
     pub async fn queued_jobs(&self, by: &Claimant<'_>) -> Result<Vec<Queued>, Error> {
         let rows = sqlx::query!(
-            r#"SELECT id, model, training AS "training: Json<TrainingSpec>", sequence_length FROM jobs
+            r#"WITH shares AS (
+                SELECT id AS project_id,
+                    (SELECT sum(devices) FROM jobs WHERE project_id = p.id AND status = 'running') AS devices,
+                    (SELECT max(turn_at) FROM jobs WHERE project_id = p.id) AS last_turn FROM projects p)
+               SELECT id, model, training AS "training: Json<TrainingSpec>", sequence_length
+               FROM jobs JOIN shares USING (project_id)
                WHERE status = 'queued' AND run_after <= now() AND model = ANY ($2) AND NOT EXISTS (
                         SELECT 1 FROM rank_calls WHERE job_id = jobs.id AND epoch IS NULL AND called_until > now())
                     AND coalesce(training ->> 'device', CASE training ->> 'precision' WHEN 'f32' THEN 'cpu' END, 'any')
                         = ANY ($1)
-               ORDER BY priority DESC, seq LIMIT $3"#,
+               ORDER BY coalesce(shares.devices, 0)
+                        + row_number() OVER (PARTITION BY project_id ORDER BY rank_in_queue(jobs) DESC, seq),
+                    last_turn NULLS FIRST, seq LIMIT $3"#,
             by.devices,
             by.models,
             MOST_QUEUED,
@@ -167,8 +177,12 @@ impl Store {
     pub async fn claim_job(&self, work: Work, by: &Claimant<'_>) -> Result<Option<Claim>, Error> {
         let row = sqlx::query_as!(
             Row,
-            r#"WITH next AS (
-                SELECT id FROM jobs
+            r#"WITH shares AS (
+                SELECT id AS project_id,
+                    (SELECT sum(devices) FROM jobs WHERE project_id = p.id AND status = 'running') AS devices,
+                    (SELECT max(turn_at) FROM jobs WHERE project_id = p.id) AS last_turn FROM projects p),
+               next AS (
+                SELECT jobs.id FROM jobs JOIN shares USING (project_id)
                 WHERE status = CASE WHEN $1 THEN 'validating_files' ELSE 'queued' END::job_status
                     AND lease_owner IS NULL AND run_after <= now()
                     AND coalesce(training ->> 'device', CASE training ->> 'precision' WHEN 'f32' THEN 'cpu' END, 'any')
@@ -178,8 +192,10 @@ impl Store {
                             AND models @> jsonb_build_array(jsonb_build_object('name', jobs.model)))
                         AND ($9 AND model ~ $10 OR created_at < now() - make_interval(secs => $4)))
                     AND id = coalesce($8, id)
-                ORDER BY priority DESC, seq LIMIT 1 FOR UPDATE SKIP LOCKED)
+                ORDER BY coalesce(shares.devices, 0), last_turn NULLS FIRST, rank_in_queue(jobs) DESC, seq
+                LIMIT 1 FOR UPDATE OF jobs SKIP LOCKED)
                UPDATE jobs SET status = CASE WHEN $1 THEN status ELSE 'running' END, epoch = epoch + 1,
+                    devices = CASE WHEN $1 THEN devices ELSE $11 END, turn_at = CASE WHEN $1 THEN turn_at ELSE now() END,
                     attempts = attempts + 1, lease_owner = $6, lease_until = now() + make_interval(secs => $7),
                     started_at = CASE WHEN $1 THEN started_at ELSE coalesce(started_at, now()) END
                FROM next WHERE jobs.id = next.id
@@ -196,6 +212,7 @@ impl Store {
             by.only.map(JobId::as_str),
             by.fetches,
             hub_name::PATTERN,
+            i32::try_from(by.takes).unwrap_or(i32::MAX),
         )
         .fetch_optional(&self.pool)
         .await?;

@@ -49,18 +49,22 @@ struct Csv {
 /// Writes the file of a job that this transaction has just ended, if any step of it was done.
 pub(super) async fn write(connection: &mut PgConnection, job: &JobId) -> Result<(), Error> {
     let wanted = sqlx::query_scalar!(
-        r#"SELECT EXISTS (SELECT 1 FROM job_steps WHERE job_id = $1) AS "any!" FROM jobs
-           WHERE id = $1 AND result_file IS NULL AND status IN ('succeeded', 'failed', 'cancelled')"#,
+        "SELECT project_id FROM jobs
+         WHERE id = $1 AND result_file IS NULL AND status IN ('succeeded', 'failed', 'cancelled')
+            AND EXISTS (SELECT 1 FROM job_steps WHERE job_id = $1)",
         job.as_str()
     )
     .fetch_optional(&mut *connection)
     .await?;
-    if wanted != Some(true) {
-        return Ok(());
-    }
+    let Some(project) = wanted else { return Ok(()) };
     let blob = all_steps(connection, job).await?;
     seal(connection, &blob).await?;
-    let new = NewFile { filename: FILENAME.into(), purpose: PURPOSE.into(), expires_after: None };
+    let new = NewFile {
+        project: super::stored_id(&project)?,
+        filename: FILENAME.into(),
+        purpose: PURPOSE.into(),
+        expires_after: None,
+    };
     let file = insert_file(connection, &[(blob.id, blob.bytes)], &blob.sha256, &new).await?;
     sqlx::query!("UPDATE jobs SET result_file = $2 WHERE id = $1", job.as_str(), file.id.as_str())
         .execute(connection)

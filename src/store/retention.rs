@@ -9,7 +9,7 @@ use std::{
 };
 
 use super::{Error, Store, weights::key};
-use crate::domain::{CheckpointId, JobId};
+use crate::domain::{CheckpointId, JobId, ProjectId};
 
 /// Objects without a row that are younger than this may belong to a checkpoint that is being stored.
 pub const GARBAGE_AGE: Duration = Duration::from_hours(24);
@@ -24,14 +24,15 @@ pub enum ModelDeletion {
 }
 
 impl Store {
-    /// Deletes a fine-tuned model: its checkpoint's row, and then the bytes, unless the job that it belongs to has not
+    /// Deletes a fine-tuned model of a project: its checkpoint's row, and then the bytes, unless the job that it belongs to has not
     /// ended. Other checkpoints of the job are models of their own and stay.
-    pub async fn delete_model(&self, name: &str) -> Result<ModelDeletion, Error> {
+    pub async fn delete_model(&self, project: &ProjectId, name: &str) -> Result<ModelDeletion, Error> {
         let mut transaction = self.pool.begin().await?;
         let found = sqlx::query!(
             r#"SELECT c.id, c.job_id, j.finished_at IS NOT NULL AS "ended!" FROM checkpoints c
-               JOIN jobs j ON j.id = c.job_id WHERE c.model_name = $1 FOR UPDATE"#,
-            name
+               JOIN jobs j ON j.id = c.job_id WHERE c.model_name = $1 AND j.project_id = $2 FOR UPDATE"#,
+            name,
+            project.as_str()
         )
         .fetch_optional(&mut *transaction)
         .await?;

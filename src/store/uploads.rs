@@ -12,8 +12,9 @@ use super::{
     Error, Listed, Order, Page, Store,
     blobs::{self, SpooledBlob},
     files::NewFile,
+    quotas,
 };
-use crate::domain::{FileId, PartId, UploadId};
+use crate::domain::{FileId, PartId, ProjectId, UploadId};
 
 mod completion;
 
@@ -59,6 +60,7 @@ impl UploadStatus {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Upload {
     pub id: UploadId,
+    pub project: ProjectId,
     pub filename: String,
     pub purpose: String,
     pub mime_type: String,
@@ -115,6 +117,7 @@ pub enum UploadCancellation {
 
 struct Row {
     id: String,
+    project_id: String,
     filename: String,
     purpose: String,
     mime_type: String,
@@ -132,7 +135,7 @@ macro_rules! select_uploads {
     ($rest:literal $(, $argument:expr)* $(,)?) => {
         sqlx::query_as!(
             Row,
-            r#"SELECT id, filename, purpose, mime_type, bytes, part_ids, file_id, file_life,
+            r#"SELECT id, project_id, filename, purpose, mime_type, bytes, part_ids, file_id, file_life,
                 CASE WHEN status = 'pending' AND expires_at < now() THEN 'expired' ELSE status END AS "status!",
                 extract(epoch FROM created_at)::bigint AS "created_at!",
                 extract(epoch FROM expires_at)::bigint AS "expires_at!" FROM uploads "# + $rest
@@ -162,12 +165,14 @@ macro_rules! select_parts {
 }
 
 impl Store {
-    /// Begins an upload.
+    /// Begins an upload, for which there must be room.
     pub async fn create_upload(&self, new: &NewUpload) -> Result<Upload, Error> {
         let id = UploadId::random();
+        let mut transaction = self.pool.begin().await?;
+        quotas::check_bytes(&mut transaction, &new.file.project, new.bytes).await?;
         sqlx::query!(
-            "INSERT INTO uploads (id, filename, purpose, mime_type, bytes, file_life, expires_at)
-             VALUES ($1, $2, $3, $4, $5, $6, now() + make_interval(secs => $7))",
+            "INSERT INTO uploads (id, filename, purpose, mime_type, bytes, file_life, expires_at, project_id)
+             VALUES ($1, $2, $3, $4, $5, $6, now() + make_interval(secs => $7), $8)",
             id.as_str(),
             new.file.filename,
             new.file.purpose,
@@ -175,9 +180,11 @@ impl Store {
             new.bytes as i64,
             new.file.expires_after.map(|life| life.as_secs_f64()),
             UPLOAD_LIFE.as_secs_f64(),
+            new.file.project.as_str(),
         )
-        .execute(&self.pool)
+        .execute(&mut *transaction)
         .await?;
+        transaction.commit().await?;
         select_uploads!("WHERE id = $1", id.as_str()).fetch_one(&self.pool).await?.try_into()
     }
 
@@ -187,19 +194,28 @@ impl Store {
         row.map(Upload::try_from).transpose()
     }
 
-    /// Uploads, newest first. `None` when `page.after` names none.
-    pub async fn list_uploads(&self, page: &Page) -> Result<Option<Listed<Upload>>, Error> {
+    /// Uploads of a project, newest first. `None` when `page.after` names none of them.
+    pub async fn list_uploads(&self, project: &ProjectId, page: &Page) -> Result<Option<Listed<Upload>>, Error> {
         let before = match &page.after {
             None => i64::MAX,
             Some(id) => {
-                let seq = sqlx::query_scalar!("SELECT seq FROM uploads WHERE id = $1", id);
+                let seq = sqlx::query_scalar!(
+                    "SELECT seq FROM uploads WHERE id = $1 AND project_id = $2",
+                    id,
+                    project.as_str()
+                );
                 match seq.fetch_optional(&self.pool).await? {
                     None => return Ok(None),
                     Some(seq) => seq,
                 }
             }
         };
-        let rows = select_uploads!("WHERE seq < $1 ORDER BY seq DESC LIMIT $2", before, page.fetch());
+        let rows = select_uploads!(
+            "WHERE project_id = $3 AND seq < $1 ORDER BY seq DESC LIMIT $2",
+            before,
+            page.fetch(),
+            project.as_str()
+        );
         let rows = rows.fetch_all(&self.pool).await?;
         Ok(Some(page.listed(rows.into_iter().map(Upload::try_from).collect::<Result<_, _>>()?)))
     }
@@ -366,6 +382,7 @@ impl TryFrom<Row> for Upload {
     fn try_from(row: Row) -> Result<Self, Error> {
         Ok(Self {
             id: super::stored_id(&row.id)?,
+            project: super::stored_id(&row.project_id)?,
             filename: row.filename,
             purpose: row.purpose,
             mime_type: row.mime_type,

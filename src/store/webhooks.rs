@@ -5,9 +5,9 @@
 use std::time::Duration;
 
 use super::{Error, Store};
-use crate::domain::WebhookId;
+use crate::domain::{ProjectId, WebhookId};
 
-/// Most receivers.
+/// Most receivers of a project.
 pub const MAX_WEBHOOKS: i64 = 16;
 /// Messages of one receiver that a sender takes at a time.
 const BATCH: i64 = 4;
@@ -51,6 +51,7 @@ impl Store {
     /// Adds a receiver. `None` when there are as many as may be.
     pub async fn create_webhook(
         &self,
+        project: &ProjectId,
         name: &str,
         url: &str,
         events: &[String],
@@ -58,32 +59,34 @@ impl Store {
     ) -> Result<Option<Webhook>, Error> {
         let id = WebhookId::random();
         let made = sqlx::query!(
-            "INSERT INTO webhooks (id, name, url, events, secret)
-             SELECT $1, $2, $3, $4, $5 WHERE (SELECT count(*) FROM webhooks) < $6",
+            "INSERT INTO webhooks (id, name, url, events, secret, project_id)
+             SELECT $1, $2, $3, $4, $5, $7 WHERE (SELECT count(*) FROM webhooks WHERE project_id = $7) < $6",
             id.as_str(),
             name,
             url,
             events,
             secret,
             MAX_WEBHOOKS,
+            project.as_str(),
         )
         .execute(&self.pool)
         .await?;
         if made.rows_affected() == 0 {
             return Ok(None);
         }
-        Ok(self.webhooks().await?.into_iter().find(|webhook| webhook.id == id))
+        Ok(self.webhooks(project).await?.into_iter().find(|webhook| webhook.id == id))
     }
 
-    /// All receivers, newest first.
-    pub async fn webhooks(&self) -> Result<Vec<Webhook>, Error> {
+    /// All receivers of a project, newest first.
+    pub async fn webhooks(&self, project: &ProjectId) -> Result<Vec<Webhook>, Error> {
         let rows = sqlx::query!(
             r#"SELECT id, name, url, events, extract(epoch FROM created_at)::bigint AS "created_at!",
                 right(secret, 4) AS "secret_ends!",
                 (SELECT count(*) FROM webhook_messages m WHERE m.webhook_id = w.id AND next_try IS NOT NULL) AS "pending!",
                 (SELECT last_error FROM webhook_messages m WHERE m.webhook_id = w.id AND next_try IS NOT NULL
                     AND last_error IS NOT NULL ORDER BY next_try DESC LIMIT 1) AS last_error
-               FROM webhooks w ORDER BY seq DESC"#
+               FROM webhooks w WHERE project_id = $1 ORDER BY seq DESC"#,
+            project.as_str()
         )
         .fetch_all(&self.pool)
         .await?;

@@ -1,6 +1,6 @@
 """Loads a fine-tuned model by name with Hugging Face's own clients, and prints what came as one line of JSON.
 
-    HF_ENDPOINT=http://host:port/hf HF_HOME=<empty folder> python hub.py <repository> <revision>
+    HF_ENDPOINT=http://host:port/hf HF_TOKEN=<key> HF_HOME=<empty folder> python hub.py <repository> <revision>
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 // OpenAI's own package for Node through the life of a file, a job and a model; prints what came as one line of JSON.
 //
-//     OPENAI_BASE_URL=http://host:port/v1 OPENAI_API_KEY=unused node openai.mjs <base model> <document>
+//     OPENAI_BASE_URL=http://host:port/v1 OPENAI_API_KEY=<key> HF_TOKEN=<key> node openai.mjs <base model> <document>
 
 import assert from "node:assert/strict";
 import { File } from "node:buffer";
@@ -15,7 +15,7 @@ globalThis.File ??= File;
 globalThis.crypto ??= webcrypto;
 
 // The package sends an admin key, and only that, to the permissions.
-const client = new OpenAI({ adminAPIKey: "unused" });
+const client = new OpenAI({ adminAPIKey: process.env.OPENAI_API_KEY });
 const jobs = client.fineTuning.jobs;
 const [baseModel, document] = process.argv.slice(2);
 const content = readFileSync(document);

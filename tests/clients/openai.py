@@ -1,6 +1,6 @@
 """OpenAI's own package through the life of a file, a job and a model; prints what came as one line of JSON.
 
-    OPENAI_BASE_URL=http://host:port/v1 OPENAI_API_KEY=unused HF_ENDPOINT=http://host:port/hf HF_HOME=<empty folder> \
+    OPENAI_BASE_URL=http://host:port/v1 OPENAI_API_KEY=<key> HF_TOKEN=<key> HF_ENDPOINT=http://host:port/hf HF_HOME=<empty folder> \
         python openai.py <base model> <document>
 """
 
@@ -119,7 +119,7 @@ jobs = client.fine_tuning.jobs
 
 def follow(last_seen, enough):
     """Events as they happen, by the connection pool of the client itself, until `enough` says so or the job has ended."""
-    headers = {"accept": "text/event-stream"}
+    headers = {"accept": "text/event-stream", **client.auth_headers}
     if last_seen:
         headers["last-event-id"] = last_seen
     with client._client.stream("GET", f"{client.base_url}fine_tuning/jobs/{job.id}/events", headers=headers) as answer:

@@ -133,6 +133,7 @@ fn impossible_numbers_are_refused_in_every_field_of_training() {
         "sequence_parallel_size",
         "data_parallel_size",
         "warmup_steps",
+        "priority",
         "checkpoint_interval",
         "evaluation_interval",
         "seed",

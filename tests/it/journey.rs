@@ -4,6 +4,7 @@ mod base_models;
 mod clients;
 mod hosts;
 mod hub;
+mod keys;
 mod page;
 mod plans;
 mod ranks;

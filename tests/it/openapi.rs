@@ -42,7 +42,8 @@ fn the_create_schema_names_the_fields_that_are_read() {
     };
     let owned = |names: &[&str]| names.iter().map(ToString::to_string).collect::<BTreeSet<_>>();
     assert_eq!(properties("CreateJob"), owned(&job_request::REQUEST_FIELDS));
-    let training: Vec<&str> = TRAINING_FIELDS.into_iter().chain(job_request::MORE_FILES).collect();
+    let training: Vec<&str> =
+        TRAINING_FIELDS.into_iter().chain(job_request::MORE_FILES).chain([job_request::PRIORITY]).collect();
     assert_eq!(properties("CreateTraining"), owned(&training));
 }
 

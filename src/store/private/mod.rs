@@ -108,8 +108,12 @@ impl Postgres {
 
     /// The address of another database of this cluster.
     pub fn url_of(&self, database: &str) -> String {
-        let folder: String = self.socket_folder.to_string_lossy().bytes().map(escape).collect();
-        format!("postgres://{DATABASE}@localhost/{database}?host={folder}")
+        url(&self.socket_folder, database)
+    }
+
+    /// The address of the database that another process has started over this data folder.
+    pub fn url_in(folder: &Path) -> String {
+        url(&socket_place(&folder.join("postgres")), DATABASE)
     }
 
     /// Process id of the server, while it runs. For tests that kill it.
@@ -124,6 +128,11 @@ impl Postgres {
             tracing::error!("the thread that watches the private Postgres had panicked");
         }
     }
+}
+
+fn url(socket_folder: &Path, database: &str) -> String {
+    let folder: String = socket_folder.to_string_lossy().bytes().map(escape).collect();
+    format!("postgres://{DATABASE}@localhost/{database}?host={folder}")
 }
 
 /// One byte of a path for a query string.
@@ -148,13 +157,21 @@ fn lock(folder: &Path) -> Result<fs::File, Error> {
 }
 
 /// The cluster's home, or a short folder of its own under `/tmp` where the home's path is too long for a socket.
-fn socket_folder(home: &Path, account: &Account) -> Result<PathBuf, Error> {
+fn socket_place(home: &Path) -> PathBuf {
     if home.as_os_str().len() + 1 + SOCKET_NAME.len() <= LONGEST_SOCKET_PATH {
-        return Ok(home.to_owned());
+        return home.to_owned();
     }
     let digest = Sha256::digest(home.as_os_str().as_encoded_bytes());
     let name: String = digest.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
-    let folder = Path::new("/tmp").join(format!("longhaul-{name}"));
+    Path::new("/tmp").join(format!("longhaul-{name}"))
+}
+
+/// Makes the socket's place where it is not the cluster's home.
+fn socket_folder(home: &Path, account: &Account) -> Result<PathBuf, Error> {
+    let folder = socket_place(home);
+    if folder == home {
+        return Ok(folder);
+    }
     match fs::create_dir(&folder) {
         Ok(()) => {}
         Err(error) if error.kind() == ErrorKind::AlreadyExists => account.check_owner(&folder)?,

@@ -101,6 +101,7 @@ impl Store {
         }
         let blobs = drop_parts(&mut transaction, id).await?;
         let new = NewFile {
+            project: upload.project.clone(),
             filename: upload.filename.clone(),
             purpose: upload.purpose.clone(),
             expires_after: upload.file_life,

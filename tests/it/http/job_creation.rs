@@ -32,7 +32,7 @@ async fn a_job_echoes_what_was_asked_with_every_default_filled_in() {
         "method": {"type": "supervised", "supervised": {"hyperparameters":
             {"n_epochs": 3, "batch_size": 2, "learning_rate_multiplier": 0.5}}},
         "training": {"sequence_length": 256, "long_documents": "split", "schedule": "linear", "warmup_steps": 4,
-            "additional_training_files": [second], "evaluation_interval": 5},
+            "additional_training_files": [second], "evaluation_interval": 5, "priority": 7},
     });
     let job = service.post(JOBS, &asked).await.json();
     let numbers = json!({"n_epochs": 3, "batch_size": 2, "learning_rate_multiplier": 0.5});
@@ -74,6 +74,7 @@ async fn a_job_echoes_what_was_asked_with_every_default_filled_in() {
         ("packing", json!(true)),
         ("seed", json!(42)),
         ("additional_training_files", json!([second])),
+        ("priority", json!(7)),
         ("additional_validation_files", json!([])),
     ] {
         assert_eq!(training[field], expected, "training.{field}");
@@ -208,7 +209,15 @@ async fn a_name_of_a_hub_is_judged_by_an_executor_that_may_fetch() {
     // Its inspection goes to a host that fetches, and to no other at first.
     assert_eq!(claim(&service.store, Work::Inspect, LONG).await, None);
     let devices = ["cpu".to_owned(), ANY_DEVICE.to_owned()];
-    let by = Claimant { executor: &executor, lease: LONG, models: &[], fetches: true, devices: &devices, only: None };
+    let by = Claimant {
+        executor: &executor,
+        lease: LONG,
+        models: &[],
+        fetches: true,
+        devices: &devices,
+        takes: 1,
+        only: None,
+    };
     let claimed = service.store.claim_job(Work::Inspect, &by).await.unwrap().unwrap();
     assert_eq!(claimed.model, "org/model");
 }

@@ -1,7 +1,7 @@
 //! OpenAI's own packages, unmodified, through the life of a file, a job and a model: what people who switch bring along.
 //!
 //! The scripts judge what they see and end with an error where it is wrong; what they print is held against the server here.
-//! They need a Python and a Node with the packages; each says so where there is none.
+//! They come with a real key, which the server asks for. They need a Python and a Node with the packages; each says so where there is none.
 
 use std::{path::Path, process::Command};
 
@@ -14,14 +14,16 @@ use crate::support::{Sandbox, reference_node, reference_python, server::Server};
 
 const CLIENTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients");
 
-/// Runs a script over a fresh server; answers what it printed.
-fn run(mut command: Command, server: &Server, cache: &Path) -> Value {
+/// Runs a script over a fresh server that asks for keys; answers what it printed.
+fn run(mut command: Command, server: &mut Server, cache: &Path) -> Value {
+    let key = server.make_key(&["--scope", "admin"]);
     prepare(server);
     let output = command
         .arg("small")
         .arg(server.folder.join("document.txt"))
         .env("OPENAI_BASE_URL", format!("{}/v1", server.address))
-        .env("OPENAI_API_KEY", "unused")
+        .env("OPENAI_API_KEY", &key)
+        .env("HF_TOKEN", &key)
         .env("HF_ENDPOINT", format!("{}/hf", server.address))
         .env("HF_HOME", cache)
         .output()
@@ -54,10 +56,10 @@ fn check(server: &Server, told: &Value) {
 fn the_python_package_of_openai() {
     let Some(python) = reference_python() else { return };
     let sandbox = Sandbox::new("openai-python");
-    let server = Server::start(&sandbox.join("server"), &[]);
+    let mut server = Server::start(&sandbox.join("server"), &[]);
     let mut command = Command::new(python);
     command.arg(Path::new(CLIENTS).join("openai.py"));
-    let told = run(command, &server, &sandbox.join("cache"));
+    let told = run(command, &mut server, &sandbox.join("cache"));
     check(&server, &told);
     assert!(told["parameters"].as_u64().unwrap() > 10_000, "loaded by from_pretrained");
     let job = told["job"].as_str().unwrap();
@@ -92,13 +94,13 @@ fn the_lines_of_the_readme() {
 fn the_node_package_of_openai() {
     let Some(modules) = reference_node() else { return };
     let sandbox = Sandbox::new("openai-node");
-    let server = Server::start(&sandbox.join("server"), &[]);
+    let mut server = Server::start(&sandbox.join("server"), &[]);
     // Node looks for packages from the script's own folder upwards.
     let script = modules.join(format!("openai-{}.mjs", std::process::id()));
     std::fs::copy(Path::new(CLIENTS).join("openai.mjs"), &script).unwrap();
     let mut command = Command::new("node");
     command.arg(&script);
-    let told = run(command, &server, &sandbox.join("cache"));
+    let told = run(command, &mut server, &sandbox.join("cache"));
     std::fs::remove_file(script).unwrap();
     check(&server, &told);
 }

@@ -14,7 +14,10 @@ use crate::support::{Sandbox, reference_python, server::Server};
 fn fine_tuned_models_load_by_name() {
     let Some(python) = reference_python() else { return };
     let sandbox = Sandbox::new("hub");
-    let server = Server::start(&sandbox.join("server"), &[]);
+    let mut server = Server::start(&sandbox.join("server"), &[]);
+    let key = server.make_key(&["--scope", "read"]);
+    // One that may train besides: the clients come with the one that may only look.
+    server.make_key(&[]);
     let job = create(&server, &prepare(&server));
     let files = result(&server, &job);
 
@@ -31,6 +34,7 @@ fn fine_tuned_models_load_by_name() {
         .args([repository.as_str().unwrap(), revision.as_str().unwrap()])
         .env("HF_ENDPOINT", format!("{}/hf", server.address))
         .env("HF_HOME", sandbox.join("cache"))
+        .env("HF_TOKEN", &key)
         .output()
         .unwrap();
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

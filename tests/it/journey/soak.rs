@@ -97,8 +97,11 @@ impl Scene {
     }
 
     fn send(&self, path: &str, body: &[u8]) -> Value {
-        let (length, kind) = (body.len() as u64, form::content_type());
-        self.ask(path, |client| client.post_stream(path, &kind, length, &mut &*body))
+        self.ask(path, |client| {
+            let (content_type, length) = (form::content_type(), body.len() as u64);
+            let body = Box::new(std::io::Cursor::new(body.to_vec()));
+            client.post_form(path, &mut client::multipart::Form { content_type, length, body }, None)
+        })
     }
 
     /// The key makes it one request, however often it is sent.

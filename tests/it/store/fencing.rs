@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use longhaul::{
-    domain::{Event, Invalid, JobStatus, Level, progress::Evaluation},
+    domain::{Event, Invalid, JobStatus, Level, ProjectId, progress::Evaluation},
     store::{
         Page,
         checkpoints::Recorded,
@@ -82,7 +82,7 @@ async fn the_holder_writes_and_succeeds_only_with_its_last_checkpoint() {
     assert_eq!((job.status, job.trained_tokens), (JobStatus::Succeeded, Some(256)));
     let name = format!("ft:tiny:longhaul::{}", &id.as_str()[id.as_str().len() - 8..]);
     assert_eq!(job.fine_tuned_model, Some(name.clone()));
-    assert_eq!(store.checkpoint_of_model(&name).await.unwrap().unwrap().id, first);
+    assert_eq!(store.own_model(&ProjectId::default_project(), &name).await.unwrap().unwrap().id, first);
     assert_eq!(job.progress.unwrap()["step"], json!(2));
     assert!(!store.record_step(id, epoch, &rows::step(3, 3)).await.unwrap(), "it is over");
     store.close().await;

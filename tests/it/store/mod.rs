@@ -4,3 +4,4 @@ mod calls;
 mod fencing;
 mod queue;
 mod retention;
+mod shares;

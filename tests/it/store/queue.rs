@@ -107,8 +107,15 @@ async fn a_claim_is_for_the_devices_that_it_names() {
     ] {
         let words: Vec<String> = devices.iter().map(ToString::to_string).collect();
         let (executor, models) = (ExecutorId::random(), ["tiny".to_owned()]);
-        let by =
-            Claimant { executor: &executor, lease: LONG, models: &models, devices: &words, fetches: false, only: None };
+        let by = Claimant {
+            executor: &executor,
+            lease: LONG,
+            models: &models,
+            devices: &words,
+            fetches: false,
+            takes: 1,
+            only: None,
+        };
         let mut claims = Vec::new();
         while let Some(claim) = store.claim_job(Work::Train, &by).await.unwrap() {
             claims.push(claim);

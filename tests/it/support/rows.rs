@@ -4,7 +4,7 @@ use std::{collections::BTreeMap, time::Duration};
 
 use longhaul::{
     domain::{
-        CheckpointId, ExecutorId, FileId, JobId, TrainingSpec, hex,
+        CheckpointId, ExecutorId, FileId, JobId, ProjectId, TrainingSpec, hex,
         machine::DeviceKind,
         progress::{StepMetrics, WrittenCheckpoint, WrittenFile},
     },
@@ -31,14 +31,21 @@ pub const VALIDATED: Settlement = Settlement::Validated { sequence_length: Some(
 pub async fn file(store: &Store, content: &'static [u8]) -> FileId {
     let mut blob = store.begin_blob().await.unwrap();
     blob.write(content.into()).await.unwrap();
-    let new = NewFile { filename: "a.txt".into(), purpose: "fine-tune".into(), expires_after: None };
+    let new = NewFile {
+        project: ProjectId::default_project(),
+        filename: "a.txt".into(),
+        purpose: "fine-tune".into(),
+        expires_after: None,
+    };
     store.create_file(blob.finish().await.unwrap(), &new).await.unwrap().id
 }
 
 /// A job of the model `tiny`, with its files to be validated.
 pub async fn job(store: &Store) -> JobId {
     let new = NewJob {
+        project: ProjectId::default_project(),
         model: "tiny".into(),
+        priority: 0,
         training_files: vec![file(store, b"text").await],
         validation_files: Vec::new(),
         request: json!({}),
@@ -61,7 +68,7 @@ pub async fn claim(store: &Store, work: Work, lease: Duration) -> Option<Claim> 
 
 pub async fn claim_as(store: &Store, executor: &ExecutorId, work: Work, lease: Duration) -> Option<Claim> {
     let (models, devices) = (["tiny".to_owned()], ["cpu".to_owned(), ANY_DEVICE.to_owned()]);
-    let by = Claimant { executor, lease, models: &models, devices: &devices, fetches: false, only: None };
+    let by = Claimant { executor, lease, models: &models, devices: &devices, fetches: false, takes: 1, only: None };
     store.claim_job(work, &by).await.unwrap()
 }
 
@@ -74,6 +81,7 @@ pub async fn offered(store: &Store) -> Vec<JobId> {
         models: &models,
         devices: &devices,
         fetches: false,
+        takes: 1,
         only: None,
     };
     let queued = store.queued_jobs(&by).await.unwrap();

@@ -105,6 +105,18 @@ impl Server {
         Self { process, folder: folder.to_owned(), client, address }
     }
 
+    /// Runs a command of the binary that looks into this server's database; answers what it printed, or said.
+    pub fn command(&self, arguments: &[&str]) -> Result<String, String> {
+        command(&self.folder, arguments)
+    }
+
+    /// Makes a key, with which the server is spoken to from now on; answers it.
+    pub fn make_key(&mut self, arguments: &[&str]) -> String {
+        let key = self.command(&[&["keys", "create"], arguments].concat()).unwrap().trim().to_owned();
+        self.client = self.client.clone().with_key(Some(&key)).unwrap();
+        key
+    }
+
     /// Address of its private database, for executors of their own.
     pub fn database_url(&self) -> String {
         format!("postgres://longhaul@localhost/longhaul?host={}", self.folder.join("postgres").display())
@@ -145,6 +157,20 @@ impl Server {
 fn tail(log: &str) -> String {
     let lines: Vec<&str> = log.lines().collect();
     lines[lines.len().saturating_sub(20)..].join("\n")
+}
+
+/// Runs a command of the binary over a data folder; answers what it printed, or said.
+pub fn command(folder: &Path, arguments: &[&str]) -> Result<String, String> {
+    let done = Command::new(env!("CARGO_BIN_EXE_longhaul"))
+        .args(arguments)
+        .arg("--data")
+        .arg(folder)
+        .env_remove("DATABASE_URL")
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    if done.status.success() { Ok(text(done.stdout)) } else { Err(text(done.stderr)) }
 }
 
 /// Process ids of the trainers that work in this folder.

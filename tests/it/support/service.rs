@@ -1,5 +1,7 @@
 //! The API in process over a database of its own: requests in, answers out, and the promises that every answer keeps.
 
+use std::time::Duration;
+
 use axum::{
     Router,
     body::{Body, Bytes},
@@ -7,8 +9,8 @@ use axum::{
 };
 use longhaul::{
     api::{self, Settings},
-    domain::{BaseModel, ExecutorId, Machine},
-    store::{Store, hosts::NewHost},
+    domain::{BaseModel, ExecutorId, Machine, ProjectId, Scope, access::Secret},
+    store::{Store, hosts::NewHost, keys::NewKey},
 };
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
@@ -46,6 +48,36 @@ impl Service {
         let store = database.store(&sandbox).await;
         let router = api::router(store.clone(), settings, CancellationToken::new());
         Self { router, store, database, sandbox }
+    }
+
+    /// A key of a project, as text.
+    pub async fn key(&self, project: &ProjectId, scope: Scope) -> String {
+        self.key_for(project, scope, None).await
+    }
+
+    /// A key that lives so long.
+    pub async fn key_for(&self, project: &ProjectId, scope: Scope, life: Option<Duration>) -> String {
+        let secret = Secret::random();
+        self.store
+            .create_key(&secret, &NewKey { project, name: "test", scope, life, requests_per_minute: None })
+            .await
+            .unwrap();
+        secret.reveal().to_owned()
+    }
+
+    /// A project besides the default one.
+    pub async fn project(&self, name: &str) -> ProjectId {
+        self.store.create_project(name).await.unwrap().unwrap().id
+    }
+
+    /// A request with a key and without a body.
+    pub async fn ask_as(&self, key: &str, method: Method, path: &str) -> Answer {
+        self.ask(method, path, &[("authorization", &format!("Bearer {key}"))]).await
+    }
+
+    /// A POST of JSON with a key.
+    pub async fn post_as(&self, key: &str, path: &str, body: &Value) -> Answer {
+        self.post_with(path, body, &[("authorization", &format!("Bearer {key}"))]).await
     }
 
     pub async fn send(&self, request: Request<Body>) -> Answer {
@@ -160,7 +192,10 @@ impl Answer {
         assert_eq!(keys, ["code", "message", "param", "type"], "{text}");
         assert!(error["message"].as_str().is_some_and(|message| message.len() > 10), "{text}");
         let kind = match status {
+            401 => "authentication_error",
+            403 => "permission_error",
             404 => "not_found_error",
+            429 => "rate_limit_error",
             500.. => "server_error",
             _ => "invalid_request_error",
         };
