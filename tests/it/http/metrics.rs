@@ -1,12 +1,13 @@
 //! What the service tells Prometheus of itself.
 
-use axum::{body::Body, http::Request};
-use longhaul::api::{Settings, metrics};
-
-use crate::support::{
-    form::Form,
-    service::{Service, answer},
+use axum::{
+    body::{Body, to_bytes},
+    http::Request,
 };
+use longhaul::api::{Settings, metrics};
+use tower::ServiceExt;
+
+use crate::support::{form::Form, service::Service};
 
 /// The value of a line that begins so.
 fn value(text: &str, begin: &str) -> f64 {
@@ -22,10 +23,10 @@ async fn requests_and_what_there_is_are_counted() {
     let service = Service::with("metrics", settings).await;
     let page = metrics::router(service.store.clone(), metrics);
     let look = async || {
-        let told = answer(&page, Request::get("/metrics").body(Body::empty()).unwrap()).await;
-        assert_eq!(told.status, 200);
-        assert!(told.headers["content-type"].to_str().unwrap().starts_with("application/openmetrics-text"));
-        String::from_utf8(told.bytes.to_vec()).unwrap()
+        let told = page.clone().oneshot(Request::get("/metrics").body(Body::empty()).unwrap()).await.unwrap();
+        assert_eq!(told.status(), 200);
+        assert!(told.headers()["content-type"].to_str().unwrap().starts_with("application/openmetrics-text"));
+        String::from_utf8(to_bytes(told.into_body(), 1 << 20).await.unwrap().to_vec()).unwrap()
     };
     let before = look().await;
     assert_eq!((value(&before, "longhaul_database_up "), value(&before, "longhaul_files ")), (1.0, 0.0));
