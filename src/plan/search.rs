@@ -73,8 +73,9 @@ fn fastest_of(request: &Request) -> Option<Plan> {
 fn longest_of(request: &Request, ranks: Ranks, known: u64) -> u64 {
     let possible = |steps: u64| {
         let request = arranged(&Request { tokens: steps * LENGTH_STEP, ..request.clone() }, ranks);
-        // With the extras: state that comes back to the device may be what makes the host's part fit.
-        candidates(&request).iter().any(|choice| Needs::of(&request, choice).fit(&request))
+        choices::bare(&request)
+            .into_iter()
+            .any(|bare| placed(&request, &bare).iter().any(|choice| carried(&request, choice)))
     };
     let (mut low, mut high) = (known / LENGTH_STEP, MAX_SEQUENCE_LENGTH / LENGTH_STEP);
     if low > 0 && !possible(low + 1) {
@@ -89,6 +90,13 @@ fn longest_of(request: &Request, ranks: Ranks, known: u64) -> u64 {
         }
     }
     low * LENGTH_STEP
+}
+
+/// Whether a choice fits as it is, or once state has come back to the device, where that has room and the host has not.
+fn carried(request: &Request, choice: &Choice) -> bool {
+    let needs = Needs::of(request, choice);
+    let relieved = || Needs::of(request, &with_extras(request, choice.clone())).fit(request);
+    needs.fit(request) || (needs.device <= request.machine.device_bytes && relieved())
 }
 
 /// Bytes at the peak.

@@ -55,6 +55,14 @@ pub fn prepare(server: &Server) -> Value {
     })
 }
 
+/// Waits until the server knows the model: its executor looks for new ones now and then.
+pub fn published(server: &Server) {
+    until("the model to be published", || {
+        let models = server.client.get("/v1/models", SHORT, |_| ()).unwrap();
+        models["data"].as_array().unwrap().iter().any(|model| model["id"] == "small").then_some(())
+    });
+}
+
 pub fn create(server: &Server, body: &Value) -> String {
     let job = until("the model to be published", || {
         server.client.post_again("/v1/fine_tuning/jobs", body, &longhaul::domain::ids::random_suffix()).ok()

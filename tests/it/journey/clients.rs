@@ -9,7 +9,7 @@ use longhaul::{client::http::SHORT, domain::hex};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::prepare;
+use super::{prepare, published};
 use crate::support::{Sandbox, reference_node, reference_python, server::Server};
 
 const CLIENTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/clients");
@@ -75,6 +75,7 @@ fn the_lines_of_the_readme() {
     let server = Server::start(&sandbox.join("server"), &[]);
     prepare(&server);
     std::fs::rename(server.folder.join("document.txt"), server.folder.join("a-long-book.txt")).unwrap();
+    published(&server);
     let readme = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/README.md")).unwrap();
     let shown = readme.lines().skip_while(|line| *line != "    from openai import OpenAI");
     let lines: Vec<&str> = shown.map_while(|line| line.strip_prefix("    ")).collect();

@@ -4,7 +4,7 @@ use std::{path::Path, process::Command};
 
 use serde_json::Value;
 
-use super::prepare;
+use super::{prepare, published};
 use crate::support::{Sandbox, reference_node, server::Server};
 
 /// Names a Chromium without a screen.
@@ -20,6 +20,7 @@ fn the_page_in_a_browser_by_keyboard() {
     let sandbox = Sandbox::new("page");
     let server = Server::start(&sandbox.join("server"), &[]);
     prepare(&server);
+    published(&server);
     // Node looks for packages from the script's own folder upwards.
     let script = modules.join(format!("page-{}.mjs", std::process::id()));
     std::fs::copy(Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/clients/page.mjs"), &script).unwrap();
