@@ -182,9 +182,10 @@ impl Cluster {
     fn launch(&mut self) -> Result<(), Error> {
         self.outlive_orphans();
         if orphans(&self.home).is_empty() {
-            // Nobody works here, and this process holds the folder's lock. A process id that is still in the file may be a dead
+            // Nobody works here, and this process holds the folder's lock. A process id that is still in the files may be a dead
             // server's whom nobody has asked yet how it ended, or another program's by now: Postgres would take either for its like.
             let _ = fs::remove_file(self.data().join("postmaster.pid"));
+            let _ = fs::remove_file(self.socket_folder.join(format!("{SOCKET_NAME}.lock")));
         }
         let log = self.log();
         let out = fs::File::create(&log).map_err(Error::io("write", &log))?;
